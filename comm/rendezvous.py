@@ -1,0 +1,87 @@
+"""How ranks meet: from what the launcher said to a transport that reaches every rank.
+
+One machine so far, or several that share one torch: the world is one torch.distributed group over gloo. The store
+listens on the address the launcher named and on nothing else.
+"""
+
+from __future__ import annotations
+
+import socket
+
+import torch.distributed as dist
+
+from ..core import environment
+from ..core.errors import ConfigError, PeerTimeout
+from .transport import LocalTransport, TorchTransport, Transport, deadline
+
+
+def connect(world: environment.WorldEnvironment, timeout_s: float) -> Transport:
+    """The transport of this rank's world. Every rank calls it; it returns when all have come.
+
+    If the caller has initialised torch.distributed already, its default group is used and left open on close.
+    Raises PeerTimeout when some rank has not come within `timeout_s`, ConfigError when the address cannot be used.
+    """
+    if dist.is_initialized():
+        if dist.get_world_size() != world.size:
+            raise ConfigError(
+                f"torch.distributed is initialised with {dist.get_world_size()} ranks, the launcher said {world.size}"
+            )
+        return TorchTransport(
+            dist.new_group(backend="gloo", timeout=deadline(timeout_s)), timeout_s, owns_default_group=False
+        )
+    if world.size == 1:
+        return LocalTransport(timeout_s)
+    if world.launcher == "mpi" and world.master_addr is None:
+        from . import mpi
+
+        address, port, listener = mpi.agree_on_endpoint(world.rank, world.local_size == world.size)
+    else:
+        if world.master_addr is None or world.master_port is None:
+            raise ConfigError("no MASTER_ADDR and MASTER_PORT: start with moe-launch, torchrun or mpirun")
+        address, port = world.master_addr, world.master_port
+        listener = _listen(address, port) if world.rank == 0 and not world.agent_store else None
+    if environment.is_loopback(address):
+        environment.keep_gloo_on_loopback()
+    try:
+        store = dist.TCPStore(
+            address,
+            port,
+            world.size,
+            is_master=listener is not None,
+            timeout=deadline(timeout_s),
+            wait_for_workers=False,
+            master_listen_fd=listener.detach() if listener is not None else None,
+        )
+        dist.init_process_group(
+            "gloo",
+            store=dist.PrefixStore("moe_runtime", store),
+            rank=world.rank,
+            world_size=world.size,
+            timeout=deadline(timeout_s),
+        )
+    except (dist.DistStoreError, dist.DistNetworkError, TimeoutError) as error:
+        others = tuple(rank for rank in range(world.size) if rank != world.rank)
+        raise PeerTimeout(
+            f"rank {world.rank}, phase rendezvous: not all of {world.size} ranks met at {address}:{port} "
+            f"within {timeout_s:g} s ({error})",
+            waiting_rank=world.rank,
+            ranks=others,
+            phase="rendezvous",
+        ) from error
+    return TorchTransport(dist.group.WORLD, timeout_s, owns_default_group=True)
+
+
+def _listen(address: str, port: int) -> socket.socket:
+    """A listening socket on exactly this address. torch's own TCPStore would listen on every interface."""
+    try:
+        family, _, _, _, sockaddr = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(sockaddr)
+        listener.listen(1024)
+        return listener
+    except OSError as error:
+        raise ConfigError(
+            f"rank 0 cannot listen at {address}:{port} ({error.strerror or error}); "
+            "give another --master-port, or check that --master-addr is an address of this machine"
+        ) from error

@@ -1,0 +1,197 @@
+"""The transport contract, and the two transports that exist so far.
+
+A transport moves rows of bytes between ranks and knows nothing of experts. Every call names a `phase`, so that an
+error can say what this rank was doing; every wait ends at the transport's deadline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from ..core.errors import PeerLost, PeerTimeout
+
+
+class Transport(Protocol):
+    """What dispatch, combine, gradient sums and saving need from a way to reach other ranks.
+
+    Counts are rows along dimension 0. Tensors are contiguous and live on the transport's device. All ranks make
+    the same calls in the same order. Every call raises PeerLost or PeerTimeout, naming the phase.
+    """
+
+    name: str
+    rank: int
+    size: int
+    deadline_s: float
+
+    def all_to_all_v(
+        self, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str
+    ) -> torch.Tensor:
+        """Rows `send` [sum(send_counts), ...], grouped by destination, to rows grouped by source."""
+        ...
+
+    def all_reduce(self, tensor: torch.Tensor, phase: str, op: str = "sum") -> None:
+        """In place; op is "sum", "max" or "min"."""
+        ...
+
+    def all_gather(self, tensor: torch.Tensor, phase: str) -> torch.Tensor:
+        """[...] on each rank to [R, ...] on all."""
+        ...
+
+    def broadcast(self, tensor: torch.Tensor, root: int, phase: str) -> None:
+        """In place, from `root`."""
+        ...
+
+    def send(self, tensor: torch.Tensor, to: int, phase: str) -> None: ...
+
+    def recv(self, tensor: torch.Tensor, source: int, phase: str) -> None: ...
+
+    def barrier(self, phase: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class LocalTransport:
+    """A world of one: every exchange is the identity."""
+
+    name = "local"
+    rank = 0
+    size = 1
+
+    def __init__(self, deadline_s: float = 300.0) -> None:
+        self.deadline_s = deadline_s
+
+    def all_to_all_v(
+        self, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str
+    ) -> torch.Tensor:
+        return send
+
+    def all_reduce(self, tensor: torch.Tensor, phase: str, op: str = "sum") -> None:
+        pass
+
+    def all_gather(self, tensor: torch.Tensor, phase: str) -> torch.Tensor:
+        return tensor.unsqueeze(0)
+
+    def broadcast(self, tensor: torch.Tensor, root: int, phase: str) -> None:
+        pass
+
+    def send(self, tensor: torch.Tensor, to: int, phase: str) -> None:
+        raise ValueError(f"{phase}: a world of one has no rank {to} to send to")
+
+    def recv(self, tensor: torch.Tensor, source: int, phase: str) -> None:
+        raise ValueError(f"{phase}: a world of one has no rank {source} to receive from")
+
+    def barrier(self, phase: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+_REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+
+
+class TorchTransport:
+    """torch.distributed over one process group (gloo so far), which carries the deadline."""
+
+    def __init__(self, group: Any, deadline_s: float, owns_default_group: bool) -> None:
+        self._group = group
+        self._owns_default_group = owns_default_group
+        self.name = f"torch.distributed:{dist.get_backend(group)}"
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        self.deadline_s = deadline_s
+
+    def all_to_all_v(
+        self, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str
+    ) -> torch.Tensor:
+        recv = send.new_empty((sum(recv_counts), *send.shape[1:]))
+        # gloo knows few dtypes and no float8; bytes are all a row is here.
+        send_bytes, recv_bytes = _as_bytes(send), _as_bytes(recv)
+        self._run(
+            lambda: dist.all_to_all_single(
+                recv_bytes, send_bytes, list(recv_counts), list(send_counts), group=self._group
+            ),
+            phase,
+            f"sending {list(send_counts)} and expecting {list(recv_counts)} rows per rank",
+        )
+        return recv
+
+    def all_reduce(self, tensor: torch.Tensor, phase: str, op: str = "sum") -> None:
+        self._run(lambda: dist.all_reduce(tensor, _REDUCE_OPS[op], group=self._group), phase)
+
+    def all_gather(self, tensor: torch.Tensor, phase: str) -> torch.Tensor:
+        out = tensor.new_empty((self.size, *tensor.shape))
+        self._run(lambda: dist.all_gather(list(out.unbind(0)), tensor, group=self._group), phase)
+        return out
+
+    def broadcast(self, tensor: torch.Tensor, root: int, phase: str) -> None:
+        self._run(lambda: dist.broadcast(_as_bytes(tensor), group_src=root, group=self._group), phase)
+
+    def send(self, tensor: torch.Tensor, to: int, phase: str) -> None:
+        self._run(lambda: dist.send(_as_bytes(tensor), group_dst=to, group=self._group), phase, f"for rank {to}")
+
+    def recv(self, tensor: torch.Tensor, source: int, phase: str) -> None:
+        self._run(
+            lambda: dist.recv(_as_bytes(tensor), group_src=source, group=self._group), phase, f"for rank {source}"
+        )
+
+    def barrier(self, phase: str) -> None:
+        # dist.barrier takes no deadline on gloo; a one-element sum does.
+        self.all_reduce(torch.zeros(1), phase)
+
+    def close(self) -> None:
+        if self._owns_default_group and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _run(self, operation: Any, phase: str, detail: str = "") -> None:
+        try:
+            operation()
+        except RuntimeError as error:
+            raise _translate(error, self, phase, detail) from error
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor as uint8 [rows, bytes per row] (or [bytes]), sharing memory."""
+    if tensor.dim() <= 1:
+        return tensor.view(torch.uint8) if tensor.dim() else tensor.view(1).view(torch.uint8)
+    flat = tensor.view(tensor.shape[0], tensor[0].numel() if tensor.shape[0] else 0) if tensor.numel() else tensor
+    if not tensor.numel():
+        row_bytes = tensor.element_size()
+        for extent in tensor.shape[1:]:
+            row_bytes *= extent
+        return torch.empty((tensor.shape[0], row_bytes), dtype=torch.uint8)
+    return flat.view(torch.uint8)
+
+
+def _translate(error: RuntimeError, transport: Transport, phase: str, detail: str) -> Exception:
+    """Turn gloo's RuntimeErrors into PeerTimeout and PeerLost; leave others as they are.
+
+    gloo reports the address of a peer, not its rank, so the ranks named are all that this rank may have waited for.
+    """
+    text = str(error)
+    others = tuple(rank for rank in range(transport.size) if rank != transport.rank)
+    where = f"rank {transport.rank}, phase {phase}" + (f", {detail}" if detail else "")
+    if "imed out" in text or "imeout" in text:
+        return PeerTimeout(
+            f"{where}: waited {transport.deadline_s:g} s for ranks {list(others)} over {transport.name}; "
+            "one of them is stuck, stopped or in a different call (raise timeout_s if it is only slow)",
+            waiting_rank=transport.rank,
+            ranks=others,
+            phase=phase,
+        )
+    if any(mark in text for mark in ("onnection closed", "onnection reset", "roken pipe", "ead error", "rite error")):
+        lost = others[0] if len(others) == 1 else None
+        named = f"rank {lost}" if lost is not None else f"one of ranks {list(others)}"
+        return PeerLost(
+            f"{where}: {named} closed its connection ({transport.name}); look at its log", rank=lost, phase=phase
+        )
+    return error
+
+
+def deadline(seconds: float) -> timedelta:
+    return timedelta(seconds=seconds)

@@ -1,0 +1,31 @@
+"""The one importer of msgpack: small messages between ranks as bytes, never pickle.
+
+Messages are maps, lists, strings, numbers and None. What arrives is bounded and has no code in it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgpack
+import torch
+
+from .transport import Transport
+
+MAX_MESSAGE_BYTES = 1 << 30
+
+
+def all_gather_message(transport: Transport, message: Any, phase: str) -> list[Any]:
+    """Every rank's message (msgpack types), on every rank, in rank order."""
+    payload = torch.frombuffer(bytearray(msgpack.packb(message)), dtype=torch.uint8)
+    sizes = transport.all_gather(torch.tensor([payload.numel()], dtype=torch.int64), f"{phase} (sizes)").view(-1)
+    longest = int(sizes.max())
+    if longest > MAX_MESSAGE_BYTES:
+        raise ValueError(f"{phase}: a message of {longest} bytes is larger than the limit of {MAX_MESSAGE_BYTES}")
+    padded = torch.zeros(longest, dtype=torch.uint8)
+    padded[: payload.numel()] = payload
+    gathered = transport.all_gather(padded, phase)
+    return [
+        msgpack.unpackb(gathered[rank, : int(size)].numpy().tobytes(), strict_map_key=False)
+        for rank, size in enumerate(sizes.tolist())
+    ]

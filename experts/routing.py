@@ -1,0 +1,41 @@
+"""Replica choice: from the experts a token selected to the slots that will compute it."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ..core.placement import Placement
+
+
+class ReplicaChooser:
+    """Maps expert ids to slot ids for one MoE layer.
+
+    Where an expert has one slot the answer is a table look-up. Where it has replicas, tokens are spread over them by
+    their static shares: token i takes the replica that the i-th point of a low-discrepancy sequence (multiples of the
+    golden ratio, modulo 1) falls on, so any run of tokens splits close to the shares and the choice is deterministic.
+    """
+
+    def __init__(self, placement: Placement, layer: int) -> None:
+        slots_of: list[list[int]] = [[] for _ in range(placement.num_experts)]
+        for slot, expert in enumerate(placement.slot_expert[layer].tolist()):
+            slots_of[expert].append(slot)
+        most = max(len(slots) for slots in slots_of)
+        # [E, X]: an expert's slots, the last repeated; and the upper ends of their shares of [0, 1).
+        padded = [slots + [slots[-1]] * (most - len(slots)) for slots in slots_of]
+        self._slots_EX = torch.tensor(padded, dtype=torch.int64)
+        share = placement.slot_share[layer]
+        ends = np.array([np.cumsum([share[s] for s in slots] + [0.0] * (most - len(slots))) for slots in slots_of])
+        self._ends_EX = torch.from_numpy(ends)
+
+    def choose(self, topk_ids_TK: torch.Tensor) -> torch.Tensor:
+        """topk_ids [T, K] integer expert ids (-1 = not selected) to slots [T, K] int64 (-1 stays -1)."""
+        ids = topk_ids_TK.to(torch.int64)
+        if self._slots_EX.shape[1] == 1:
+            slots = self._slots_EX[:, 0].index_select(0, ids.clamp(min=0).view(-1)).view_as(ids)
+        else:
+            point_T = torch.arange(ids.shape[0], dtype=torch.float64).mul_(0.6180339887498949).frac_()
+            ends_TKX = self._ends_EX[ids.clamp(min=0)]
+            replica = (point_T[:, None, None] >= ends_TKX).sum(-1).clamp(max=self._slots_EX.shape[1] - 1)
+            slots = self._slots_EX[ids.clamp(min=0)].gather(-1, replica.unsqueeze(-1)).squeeze(-1)
+        return slots.masked_fill(ids < 0, -1)

@@ -1,0 +1,1 @@
+"""The jobs that moe-launch starts on every rank."""

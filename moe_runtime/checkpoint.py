@@ -1,0 +1,145 @@
+"""Reading Hugging Face checkpoints tensor by tensor: safetensors shards by index, never pickle.
+
+Knows files, keys, slices and FP8 scales; knows nothing of models. Reads with pread rather than mmap, so that a
+rank's memory holds what it asked for and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .core.errors import CheckpointError
+from .experts.fp8 import dequantize_blocks
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
+_SCALE_SUFFIXES = ("_scale_inv", ".scale")  # V3: x.weight_scale_inv; V4: x.scale beside x.weight
+
+
+class CheckpointReader:
+    """A checkpoint folder: its keys, and any tensor or run of rows of it.
+
+    Opening reads every shard's header, so a missing, truncated or foreign file is found before any rank allocates.
+    Raises CheckpointError naming the file and what to do. Close it, or use it as a context manager.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / "config.json").is_file():
+            raise CheckpointError(f"{self.folder}: no config.json here; give the folder of a Hugging Face checkpoint")
+        self._file_of = self._read_index()
+        self._open: dict[str, Any] = {}
+        try:
+            for name in sorted(set(self._file_of.values())):
+                self._open[name] = self._open_shard(name)
+            self._check_keys()
+        except CheckpointError:
+            self.close()
+            raise
+
+    @property
+    def keys(self) -> list[str]:
+        """Every tensor's key, without the FP8 scales that belong to another key."""
+        return [key for key in self._file_of if self._owner_of_scale(key) is None]
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._slice(key).get_shape())
+
+    def is_fp8(self, key: str) -> bool:
+        return self._scale_key(key) is not None
+
+    def read(self, key: str, dtype: torch.dtype, row: int | None = None) -> torch.Tensor:
+        """A tensor, or entry `row` of its dimension 0, in `dtype`; FP8 weights are dequantised."""
+        scale_key = self._scale_key(key)
+        if scale_key is None:
+            tensor = self.read_raw(key, row)
+            return tensor.to(dtype) if tensor.is_floating_point() else tensor
+        weight, scale = self.read_raw(key, row), self.read_raw(scale_key, row)
+        try:
+            return dequantize_blocks(weight, scale, dtype)
+        except ValueError as error:
+            raise CheckpointError(f"{self.folder / self._file_of[key]}: tensor {key}: {error}") from None
+
+    def read_raw(self, key: str, row: int | None = None) -> torch.Tensor:
+        """A tensor, or entry `row` of its dimension 0, as stored."""
+        try:
+            return self._slice(key)[...] if row is None else self._slice(key)[row]
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{self.folder / self._file_of[key]}: tensor {key} cannot be read ({error})"
+            ) from error
+
+    def read_scale(self, key: str, row: int | None = None) -> torch.Tensor:
+        """The FP8 scales that belong to `key`."""
+        scale_key = self._scale_key(key)
+        assert scale_key is not None
+        return self.read_raw(scale_key, row).float()
+
+    def close(self) -> None:
+        for shard in self._open.values():
+            shard.__exit__(None, None, None)
+        self._open.clear()
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _read_index(self) -> dict[str, str]:
+        index = self.folder / INDEX
+        if index.is_file():
+            try:
+                weight_map = json.loads(index.read_text())["weight_map"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(f"{index}: not a safetensors index ({error}); fetch it again") from error
+            return dict(weight_map)
+        if (self.folder / SINGLE).is_file():
+            with self._open_shard(SINGLE) as shard:
+                return dict.fromkeys(shard.keys(), SINGLE)
+        pickles = [name for name in _PICKLES if (self.folder / name).exists()]
+        if pickles:
+            raise CheckpointError(
+                f"{self.folder}: only a pickle checkpoint here ({pickles[0]}), which can run code when it is read; "
+                "convert it to safetensors first (load and save_pretrained with transformers, on data you trust)"
+            )
+        raise CheckpointError(f"{self.folder}: neither {INDEX} nor {SINGLE} here; the weights are missing")
+
+    def _open_shard(self, name: str) -> Any:
+        path = self.folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: this shard is named in {INDEX} but is missing; fetch it again")
+        try:
+            return safe_open(path, framework="pt", device="cpu", backend="pread")
+        except TypeError:  # safetensors before 0.7 has no choice of backend and maps the file
+            return safe_open(path, framework="pt", device="cpu")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: not a readable safetensors file ({error}); fetch it again") from error
+
+    def _check_keys(self) -> None:
+        held = {name: set(shard.keys()) for name, shard in self._open.items()}
+        for key, name in self._file_of.items():
+            if key not in held[name]:
+                raise CheckpointError(
+                    f"{self.folder / name}: tensor {key} is named in {INDEX} but is not in this shard"
+                )
+
+    def _slice(self, key: str) -> Any:
+        return self._open[self._file_of[key]].get_slice(key)
+
+    def _scale_key(self, key: str) -> str | None:
+        candidates = (key + _SCALE_SUFFIXES[0], key.removesuffix(".weight") + _SCALE_SUFFIXES[1])
+        return next((c for c in candidates if c != key and c in self._file_of and self._is_float8(key)), None)
+
+    def _owner_of_scale(self, key: str) -> str | None:
+        owners = (key.removesuffix(_SCALE_SUFFIXES[0]), key.removesuffix(_SCALE_SUFFIXES[1]) + ".weight")
+        return next((o for o in owners if o != key and o in self._file_of and self._is_float8(o)), None)
+
+    def _is_float8(self, key: str) -> bool:
+        return str(self._slice(key).get_dtype()).upper().startswith("F8")

@@ -1,0 +1,165 @@
+"""The only file that reads or writes the process environment.
+
+Who am I (rank, world size), where do ranks meet (store address), and the few switches moe-runtime takes
+from the environment. Everything else is configuration.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .errors import ConfigError
+
+
+@dataclass(frozen=True)
+class WorldEnvironment:
+    """What the launcher said about this process.
+
+    `launcher` is "alone", "torchrun" (moe-launch included), "mpi" or "slurm". `master_addr` and `master_port` are
+    None where the launcher does not say them (mpirun); the ranks then agree on them through that launcher's own
+    channel.
+    """
+
+    launcher: str
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    master_addr: str | None = None
+    master_port: int | None = None
+    agent_store: bool = False  # the launcher already serves a TCPStore at master_addr:master_port
+
+
+# Variables that mpirun, mpiexec.hydra and srun set: (launcher, rank, size, local rank, local size).
+# Sources: Open MPI 5 "Environment variables", MPICH/Intel hydra PMI, Slurm srun manual.
+_OTHER_LAUNCHERS = (
+    ("mpi", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("mpi", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    ("slurm", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+)
+
+_LAUNCHER_PID = "MOE_RUNTIME_LAUNCHER_PID"
+
+
+def _integer(env: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = env.get(name, "")
+    if not text and default is not None:
+        return default
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"environment variable {name}={text!r} is not a whole number") from None
+
+
+def read_world(env: Mapping[str, str] | None = None) -> WorldEnvironment:
+    """Read this process's place in the job.
+
+    Raises ConfigError when the variables are there but contradict each other (for instance RANK without
+    WORLD_SIZE): a half-set environment must never fall back to a world of one.
+    """
+    env = os.environ if env is None else env
+    port = _integer(env, "MASTER_PORT", -1)
+    address = env.get("MASTER_ADDR")
+    if "RANK" in env or "WORLD_SIZE" in env:
+        missing = [k for k in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not env.get(k)]
+        if missing:
+            raise ConfigError(
+                f"the environment sets some of torchrun's variables but not {', '.join(missing)}; "
+                "start with moe-launch or torchrun, or unset RANK and WORLD_SIZE to run alone"
+            )
+        rank, size = _integer(env, "RANK"), _integer(env, "WORLD_SIZE")
+        if not 0 <= rank < size:
+            raise ConfigError(f"RANK={rank} is not in 0..WORLD_SIZE-1 (WORLD_SIZE={size})")
+        return WorldEnvironment(
+            "torchrun",
+            rank,
+            size,
+            _integer(env, "LOCAL_RANK", rank),
+            _integer(env, "LOCAL_WORLD_SIZE", size),
+            address,
+            port,
+            agent_store=env.get("TORCHELASTIC_USE_AGENT_STORE", "False") == "True",
+        )
+    for launcher, rank_name, size_name, local_rank_name, local_size_name in _OTHER_LAUNCHERS:
+        if rank_name in env and size_name in env and _integer(env, size_name) > 1:
+            rank, size = _integer(env, rank_name), _integer(env, size_name)
+            if launcher == "slurm" and (not address or port < 0):
+                raise ConfigError(
+                    "under srun, MASTER_ADDR and MASTER_PORT must say where rank 0 listens "
+                    "(for instance: export MASTER_ADDR=$(hostname -I | cut -d' ' -f1) MASTER_PORT=29500)"
+                )
+            return WorldEnvironment(
+                launcher,
+                rank,
+                size,
+                _integer(env, local_rank_name, 0),
+                _integer(env, local_size_name, 1),
+                address,
+                port if port >= 0 else None,
+            )
+    return WorldEnvironment("alone", 0, 1, 0, 1)
+
+
+def rank_environment(
+    rank: int, size: int, local_rank: int, local_size: int, master_addr: str, master_port: int, threads: int | None
+) -> dict[str, str]:
+    """torchrun's variables for one rank, to be laid over the launcher's own environment.
+
+    `threads` is the number of compute threads of the rank, or None to leave OMP_NUM_THREADS alone.
+    """
+    variables = {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(local_rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(local_size),
+        "GROUP_RANK": "0",
+        "GROUP_WORLD_SIZE": "1",
+        "ROLE_RANK": str(rank),
+        "ROLE_NAME": "default",
+        "ROLE_WORLD_SIZE": str(size),
+        "MASTER_ADDR": master_addr,
+        "MASTER_PORT": str(master_port),
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_MAX_RESTARTS": "0",
+        "PYTHONUNBUFFERED": "1",
+    }
+    if is_loopback(master_addr):
+        # Nothing may listen beyond loopback in a job of one machine: gloo otherwise binds the host's address.
+        variables["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
+    if threads is not None and "OMP_NUM_THREADS" not in os.environ:
+        variables["OMP_NUM_THREADS"] = str(threads)
+    return variables
+
+
+def inherited(extra: Mapping[str, str]) -> dict[str, str]:
+    """A copy of this process's environment with `extra` laid over it, for a child process."""
+    return {**os.environ, **extra}
+
+
+def with_launcher_pid(env: Mapping[str, str], pid: int) -> dict[str, str]:
+    """`env` with the launcher's process id in it, for take_launcher_pid in the process it is given to."""
+    return {**env, _LAUNCHER_PID: str(pid)}
+
+
+def take_launcher_pid() -> int | None:
+    """The process id of the launcher that started this process, or None; taken out, so that no grandchild sees it."""
+    text = os.environ.pop(_LAUNCHER_PID, "")
+    return int(text) if text.isdigit() else None
+
+
+def keep_gloo_on_loopback() -> None:
+    """Make gloo of this process listen on loopback only, unless the user named an interface."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+def is_loopback(address: str) -> bool:
+    """Whether a host name or address stands for this machine's loopback interface."""
+    if address in ("localhost", "::1"):
+        return True
+    try:
+        return socket.inet_aton(address)[0] == 127
+    except OSError:
+        return False

@@ -1,0 +1,12 @@
+"""The public names of moe-runtime's errors (they live in the core layer)."""
+
+from .core.errors import (
+    CheckpointError,
+    ConfigError,
+    MoeRuntimeError,
+    PeerLost,
+    PeerTimeout,
+    VendorUnavailable,
+)
+
+__all__ = ["CheckpointError", "ConfigError", "MoeRuntimeError", "PeerLost", "PeerTimeout", "VendorUnavailable"]

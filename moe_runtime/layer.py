@@ -1,0 +1,95 @@
+"""The expert-parallel experts layer: the one place where comm and experts meet.
+
+A transformers experts module becomes expert-parallel by changing its class to a subclass of its own: it keeps its
+name in the model, its activation and its flags, holds only this rank's experts, and its forward goes through
+dispatch and combine.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from .comm.dispatch import IDLE, WORKING, Dispatcher, DispatchHandle
+from .core.placement import Placement
+from .experts.compute import grouped_experts, weighted_sum
+from .experts.routing import ReplicaChooser
+
+# What transformers' `use_experts_implementation` leaves on every module that shares the experts interface.
+INTERFACE_MARKS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_apply_gate", "num_experts")
+
+
+@dataclass
+class LayerState:
+    """What one expert-parallel layer knows besides its weights."""
+
+    index: int  # among the model's expert layers
+    placement: Placement
+    dispatcher: Dispatcher
+    chooser: ReplicaChooser
+    per_expert_sums: bool  # send one row per (token, expert) home, so that sums do not depend on the placement
+    transformers_kernel: bool  # compute with transformers' own experts function instead of grouped_experts
+    tokens_per_slot: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    states: list[int] = field(default_factory=list)  # of all ranks, at the latest exchange
+
+
+class ExpertParallel:
+    """Mixed into a transformers experts class; `moe_runtime_layer` is its LayerState."""
+
+    moe_runtime_layer: LayerState
+
+    def forward(self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+        """hidden_states [..., H], topk_ids [T, K] (global expert ids), topk_weights [T, K] -> [..., H]."""
+        x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+        return self.exchange(x_TH, topk_ids, topk_weights, WORKING).view_as(hidden_states)
+
+    def exchange(self, x_TH: torch.Tensor, topk_ids_TK: torch.Tensor, topk_weights_TK: torch.Tensor, state: int):
+        """The request path of DESIGN.md: replica choice, dispatch, experts, combine."""
+        layer = self.moe_runtime_layer
+        slots_TK = layer.chooser.choose(topk_ids_TK)
+        rows, handle = layer.dispatcher.dispatch(
+            x_TH, slots_TK, topk_weights_TK, expand=layer.per_expert_sums, tag=layer.index, state=state
+        )
+        layer.tokens_per_slot += handle.rows_per_slot
+        layer.states = handle.states
+        return layer.dispatcher.combine(self._compute(rows, handle), handle)
+
+    def idle_exchange(self, chain: torch.Tensor) -> torch.Tensor:
+        """Take part with no token of one's own. `chain` [0, H] ties successive layers' backward passes together."""
+        top_k = self.moe_runtime_layer.dispatcher.top_k
+        return self.exchange(
+            chain, torch.empty(0, top_k, dtype=torch.int64), torch.empty(0, top_k, dtype=torch.float32), IDLE
+        )
+
+    def _compute(self, rows: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
+        layer = self.moe_runtime_layer
+        if layer.transformers_kernel and not handle.expand and rows.shape[0]:
+            # transformers marks "not mine" with the id num_experts, and skips those rows.
+            ids = handle.topk_slots.masked_fill(handle.topk_slots < 0, self.num_experts).to(torch.int64)
+            return super().forward(rows, ids, handle.topk_weights)
+        if handle.expand:
+            identity = torch.arange(rows.shape[0])
+            return grouped_experts(self, rows, identity, handle.rows_per_slot)
+        outputs = grouped_experts(self, rows, handle.row_index, handle.rows_per_slot)
+        weights_M = handle.topk_weights[handle.row_index, handle.choice_index]
+        return weighted_sum(outputs, handle.row_index, weights_M, rows.shape[0])
+
+
+@functools.cache
+def expert_parallel_class(base: type) -> type:
+    """The expert-parallel subclass of a transformers experts class, under the same name."""
+    return type(base.__name__, (ExpertParallel, base), {"__module__": base.__module__})
+
+
+def is_experts_module(module: torch.nn.Module) -> bool:
+    """Whether a module shares transformers' experts interface (some 60 families do)."""
+    return all(hasattr(module, mark) for mark in INTERFACE_MARKS) and not isinstance(module, ExpertParallel)
+
+
+def experts_modules(model: torch.nn.Module) -> dict[str, Any]:
+    """The model's expert layers by name, in the order the model runs them; parallel already or not."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, ExpertParallel) or is_experts_module(m)}

@@ -1,0 +1,272 @@
+"""Filling a sharded model from a checkpoint, or with fresh weights.
+
+Each rank reads the non-expert tensors and only its own experts, one expert at a time, through transformers' own
+conversion rules (renames, per-expert to fused, transposes), so every family transformers can read can be read here.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import zlib
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, build_glob_alternation, rename_source_key
+
+from .checkpoint import CheckpointReader
+from .core.errors import CheckpointError, ConfigError
+from .layer import experts_modules
+
+Progress = Callable[[int, int], None]
+
+
+def fill_from_checkpoint(
+    model: PreTrainedModel,
+    reader: CheckpointReader,
+    dtype: torch.dtype,
+    device: torch.device,
+    rank: int,
+    *,
+    keep_fp8: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> list[str]:
+    """Give every meta tensor of a sharded model its value. Returns the checkpoint's keys that the model has no use for.
+
+    keep_fp8 leaves experts that are stored in FP8 as FP8 (with their scales) instead of dequantising them.
+    Raises CheckpointError for a missing tensor, a missing expert, a wrong shape or an unreadable file.
+    """
+    source = _Sources(model, reader)
+    experts = {f"{name}.": module for name, module in experts_modules(model).items()}
+    dtype_of = _dtype_rule(model, dtype)
+    total = len(source.keys_of)
+    for done, target in enumerate(sorted(source.keys_of, key=source.file_order)):
+        owner = next((prefix for prefix in experts if target.startswith(prefix)), None)
+        if owner is None:
+            for name, value in source.convert(target, dtype_of(target)).items():
+                _assign(model, name, value.to(device))
+        else:
+            _fill_experts(model, experts[owner], target, source, dtype_of(target), device, rank, keep_fp8)
+        progress(done + 1, total)
+    model._weight_conversions = [rule for rule in source.rules if rule.was_used()]
+    finish(model, device)
+    return source.unexpected
+
+
+class _Sources:
+    """Which checkpoint keys make up each tensor of the model, and how."""
+
+    def __init__(self, model: PreTrainedModel, reader: CheckpointReader) -> None:
+        self.model, self.reader = model, reader
+        self.rules = get_model_conversion_mapping(model)
+        renamings = [rule for rule in self.rules if isinstance(rule, WeightRenaming)]
+        converters = [rule for rule in self.rules if isinstance(rule, WeightConverter)]
+        self._converter = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+        self.keys_of: dict[str, list[tuple[str | None, str]]] = defaultdict(list)  # target -> (pattern, key)
+        self.unexpected: list[str] = []
+        self._pattern_tables: dict[str, dict[str | None, dict[int, str]]] = {}
+        known = model.state_dict()
+        ignored = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+        self._order: dict[str, int] = {}
+        for position, key in enumerate(reader.keys):
+            target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
+            if target not in known and key in known:
+                target, pattern = key, None
+            if target in known:
+                self.keys_of[target].append((pattern, key))
+                self._order.setdefault(target, position)
+            elif not any(rule.search(key) for rule in ignored):
+                self.unexpected.append(key)
+
+    def file_order(self, target: str) -> int:
+        return self._order[target]
+
+    def convert(self, target: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """The whole tensor (or tensors, where one source makes several)."""
+        return self._apply(target, [(p, self.reader.read(key, dtype)) for p, key in self.keys_of[target]])
+
+    def convert_expert(
+        self, target: str, expert: int, num_experts: int, read: Callable[[str, int | None], torch.Tensor]
+    ) -> torch.Tensor:
+        """Entry `expert` of an experts tensor; `read(key, row)` fetches the parts.
+
+        Per-expert keys carry the expert's number; fused keys hold it as row `expert`.
+        """
+        parts = []
+        for pattern, keys in self._by_pattern(target).items():
+            if pattern is not None and "*" in pattern:
+                key = keys.get(expert)
+                if key is None:
+                    raise CheckpointError(
+                        f"{self.reader.folder}: expert {expert} of {target} has no tensor (of {num_experts} experts, "
+                        f"{len(keys)} are there)"
+                    )
+                parts.append((pattern, read(key, None)))
+            else:
+                (key,) = keys.values()
+                if self.reader.shape(key)[0] != num_experts:
+                    raise CheckpointError(
+                        f"{self.reader.folder}: tensor {key} has shape {list(self.reader.shape(key))}, "
+                        f"but the model needs {num_experts} experts along dimension 0"
+                    )
+                parts.append((pattern, read(key, expert).unsqueeze(0)))
+        return self._apply(target, parts)[target][0]
+
+    def _by_pattern(self, target: str) -> dict[str | None, dict[int, str]]:
+        if target in self._pattern_tables:
+            return self._pattern_tables[target]
+        table: dict[str | None, dict[int, str]] = defaultdict(dict)
+        for pattern, key in self.keys_of[target]:
+            numbers = [part for part in key.split(".") if part.isdigit()]
+            table[pattern][int(numbers[-1]) if pattern is not None and "*" in pattern else 0] = key
+        self._pattern_tables = {target: table}  # experts of one tensor are asked for one after the other
+        return table
+
+    def _apply(self, target: str, parts: list[tuple[str | None, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        if parts[0][0] is None:
+            return {target: parts[0][1]}
+        rule = copy.deepcopy(self._converter[parts[0][0]])
+        for pattern, tensor in parts:
+            rule.add_tensor(target, target, pattern, tensor)
+        try:
+            made = rule.convert(target, model=self.model, config=self.model.config)
+        except (RuntimeError, ValueError, KeyError) as error:
+            shapes = [list(tensor.shape) for _, tensor in parts]
+            raise CheckpointError(
+                f"{self.reader.folder}: {target} cannot be built from tensors of shapes {shapes}: {error}"
+            ) from error
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+def _fill_experts(
+    model: PreTrainedModel,
+    module: Any,
+    target: str,
+    source: _Sources,
+    dtype: torch.dtype,
+    device: torch.device,
+    rank: int,
+    keep_fp8: bool,
+) -> None:
+    """One experts tensor: allocate this rank's part and write each local expert straight into its slot."""
+    placement, layer = module.moe_runtime_layer.placement, module.moe_runtime_layer.index
+    reader, name = source.reader, target.rpartition(".")[2]
+    meta = getattr(module, name)
+    fp8 = keep_fp8 and reader.is_fp8(source.keys_of[target][0][1])
+    stored = torch.float8_e4m3fn if fp8 else dtype
+    part = torch.empty(meta.shape, dtype=torch.uint8 if fp8 else stored, device=device)
+    scales: list[torch.Tensor] = []
+    for slot, expert in enumerate(placement.rank_experts(layer, rank)):
+        if fp8:  # the conversion rules move bytes; torch has no concatenation of float8 on CPU
+            value = source.convert_expert(
+                target, expert, placement.num_experts, lambda key, row: reader.read_raw(key, row).view(torch.uint8)
+            )
+            scales.append(source.convert_expert(target, expert, placement.num_experts, reader.read_scale))
+        else:
+            value = source.convert_expert(
+                target, expert, placement.num_experts, lambda key, row: reader.read(key, dtype, row)
+            )
+        if value.shape != part.shape[1:]:
+            raise CheckpointError(
+                f"{reader.folder}: expert {expert} of {target} has shape {list(value.shape)}, "
+                f"the model needs {list(part.shape[1:])}"
+            )
+        part[slot].copy_(value)
+        del value
+    if fp8:
+        needed = tuple(-(-extent // 128) for extent in part.shape[1:])
+        if any(tuple(scale.shape) != needed for scale in scales):
+            raise ConfigError(
+                f"{target}: expert matrices of {list(part.shape[1:])} cannot stay in FP8 (their 128x128 blocks do not "
+                "line up once gate and up are joined); load without keeping FP8"
+            )
+        stacked = torch.stack(scales) if scales else torch.empty(0, *needed)
+        module.register_parameter(f"{name}_scale_inv", _parameter(stacked.to(device), requires_grad=False))
+    setattr(module, name, _parameter(part.view(stored), requires_grad=meta.requires_grad and not fp8))
+
+
+def _assign(model: PreTrainedModel, name: str, value: torch.Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    current = getattr(module, leaf)
+    if tuple(current.shape) != tuple(value.shape):
+        raise CheckpointError(
+            f"tensor {name} has shape {list(value.shape)} in the checkpoint, the model's config needs "
+            f"{list(current.shape)}; the two do not belong together"
+        )
+    if leaf in module._buffers:
+        value._is_hf_initialized = True
+        module._buffers[leaf] = value
+    else:
+        setattr(module, leaf, _parameter(value, requires_grad=current.requires_grad))
+
+
+def _parameter(value: torch.Tensor, requires_grad: bool) -> torch.nn.Parameter:
+    parameter = torch.nn.Parameter(value, requires_grad=requires_grad and value.is_floating_point())
+    parameter._is_hf_initialized = True  # transformers' mark: do not initialise this one again
+    return parameter
+
+
+def _dtype_rule(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], torch.dtype]:
+    """transformers' own rule for tensors that stay in float32 (`_keep_in_fp32_modules`)."""
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return lambda name: dtype
+    alternation, by_group, _ = build_glob_alternation(list(plan))
+
+    def dtype_of(name: str) -> torch.dtype:
+        found = alternation.search(name)
+        return plan[by_group[found.lastgroup]] if found and found.lastgroup else dtype
+
+    return dtype_of
+
+
+def finish(model: PreTrainedModel, device: torch.device) -> None:
+    """Tie weights, compute the buffers that checkpoints do not hold, and make sure nothing was left out."""
+    model.tie_weights()
+    missing = [name for name, value in model.state_dict().items() if value.device.type == "meta"]
+    if missing:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise CheckpointError(f"{len(missing)} tensors of the model are not in the checkpoint: {shown}")
+    model._move_missing_keys_from_meta_to_device(set(), {"": device}, None, None)
+    model._initialize_missing_keys(False)
+    model.eval()
+
+
+def fill_fresh(model: PreTrainedModel, dtype: torch.dtype, device: torch.device, rank: int, seed: int) -> None:
+    """Random weights by transformers' own initialisation.
+
+    An expert's weights depend on the seed, its layer and its number only, never on the number of ranks. The caller
+    broadcasts the non-expert tensors from rank 0.
+    """
+    torch.manual_seed(seed)
+    dtype_of = _dtype_rule(model, dtype)
+    for name, value in list(model.state_dict(keep_vars=True).items()):
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        kind = dtype_of(name) if value.is_floating_point() else value.dtype
+        fresh = torch.zeros(value.shape, dtype=kind, device=device)
+        if leaf in module._buffers:
+            module._buffers[leaf] = fresh
+        else:
+            setattr(module, leaf, torch.nn.Parameter(fresh, requires_grad=value.requires_grad))
+    model.tie_weights()
+    model._move_missing_keys_from_meta_to_device(set(), {"": device}, None, None)
+    model._initialize_missing_keys(False)
+    std = getattr(model.config.get_text_config(), "initializer_range", 0.02)
+    for module_name, module in experts_modules(model).items():
+        experts = module.moe_runtime_layer.placement.rank_experts(module.moe_runtime_layer.index, rank)
+        for name, parameter in module.named_parameters(recurse=False):
+            for slot, expert in enumerate(experts):
+                words = f"{seed}/{module_name}/{name}/{expert}".encode()
+                generator = torch.Generator().manual_seed(zlib.crc32(words))
+                part = parameter.data[slot]
+                if name.endswith("_bias"):
+                    part.zero_()
+                else:
+                    part.copy_(torch.empty(part.shape).normal_(0.0, std, generator=generator))
+    model.eval()

@@ -1,0 +1,304 @@
+"""The runtime: one per process. It knows its rank, its transport, its models' placements, and says what runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from . import gradients, loading, saving
+from .checkpoint import CheckpointReader
+from .comm.dispatch import IDLE, Dispatcher, DispatchHandle
+from .comm.rendezvous import connect
+from .core import environment, native
+from .core.cluster import Cluster, load_cluster
+from .core.config import RuntimeConfig
+from .core.errors import CheckpointError, ConfigError
+from .core.placement import Placement
+from .experts.placement import proportional
+from .experts.routing import ReplicaChooser
+from .layer import experts_modules
+from .model import empty_model, expert_layers, shard_experts
+
+_FP8_METHODS = ("fp8",)
+
+
+@dataclass(frozen=True)
+class View:
+    """A numbered membership: the ranks that are alive and the placement in force."""
+
+    number: int
+    ranks: tuple[int, ...]
+    placement: Placement | None
+
+
+def init(config: RuntimeConfig | Mapping[str, Any] | None = None) -> Runtime:
+    """Join the world the launcher describes (moe-launch, torchrun, mpirun, srun), or be a world of one.
+
+    Every rank calls it once. Raises ConfigError for bad settings or a half-set environment, PeerTimeout when ranks
+    are missing at the deadline.
+    """
+    return Runtime(RuntimeConfig.from_any(config), environment.read_world())
+
+
+class Runtime:
+    """See DESIGN.md section 5. Use it as a context manager, or call `close()`."""
+
+    def __init__(self, config: RuntimeConfig, world: environment.WorldEnvironment) -> None:
+        self.config = config
+        self._cluster: Cluster | None = load_cluster(config.cluster) if config.cluster else None
+        if self._cluster is not None and self._cluster.num_ranks != world.size:
+            raise ConfigError(
+                f"cluster file {config.cluster} describes {self._cluster.num_ranks} ranks, {world.size} were started"
+            )
+        self.world = world
+        self.transport = connect(world, config.timeout_s)
+        self.rank, self.size = self.transport.rank, self.transport.size
+        self.device = torch.device(config.device)
+        self.view = View(0, tuple(range(self.size)), None)
+        self._dispatchers: dict[tuple, Dispatcher] = {}
+        self._join_depth = 0
+        self._notes: list[str] = []
+
+    # ---- models -------------------------------------------------------------------------------------------------
+
+    def load_model(
+        self,
+        path: str | Path,
+        dtype: torch.dtype | None = None,
+        placement: Placement | None = None,
+        *,
+        keep_fp8: bool = False,
+        progress: loading.Progress = lambda done, total: None,
+    ) -> PreTrainedModel:
+        """A transformers model of which this rank holds the non-expert weights and its own experts only.
+
+        path: a Hugging Face checkpoint folder (safetensors). dtype: None takes the config's. placement: None gives
+        each rank experts in proportion to its speed in the cluster file, or equal shares. keep_fp8: leave experts
+        that are stored in FP8 as they are; they are dequantised one by one when used.
+
+        Raises CheckpointError (missing or unreadable files, missing or misshapen tensors) and ConfigError (no experts
+        to shard, more ranks than experts).
+        """
+        reader = CheckpointReader(path)
+        with reader:
+            config = _read_config(Path(path))
+            dtype = dtype or config.dtype or torch.float32
+            model = empty_model(config, dtype)
+            self._shard(model, placement)
+            unexpected = loading.fill_from_checkpoint(
+                model, reader, dtype, self.device, self.rank, keep_fp8=keep_fp8, progress=progress
+            )
+        if unexpected:
+            self._notes.append(f"{path}: {len(unexpected)} tensors are not part of the model, such as {unexpected[0]}")
+        if (Path(path) / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(path)
+        return model
+
+    def create_model(
+        self,
+        config: PretrainedConfig,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        placement: Placement | None = None,
+    ) -> PreTrainedModel:
+        """A fresh model of this config, the same for any number of ranks: to train from scratch."""
+        model = empty_model(config, dtype)
+        self._shard(model, placement)
+        loading.fill_fresh(model, dtype, self.device, self.rank, seed)
+        experts = tuple(f"{name}." for name in experts_modules(model))
+        for name, value in model.state_dict().items():
+            if not name.startswith(experts):
+                self.transport.broadcast(value, 0, "fresh weights")
+        return model
+
+    def save_model(
+        self, model: PreTrainedModel, path: str | Path, tokenizer: Any = None, max_shard_bytes: int = 1 << 30
+    ) -> None:
+        """Write a checkpoint that plain transformers loads. Every rank calls; rank 0 writes. See saving.py."""
+        saving.save_checkpoint(model, Path(path), self.transport, tokenizer, max_shard_bytes)
+
+    def _shard(self, model: PreTrainedModel, placement: Placement | None) -> None:
+        modules = experts_modules(model)
+        if placement is None:
+            num_experts = {module.num_experts for module in modules.values()}
+            if len(num_experts) > 1:
+                raise ConfigError(f"layers with different numbers of experts {sorted(num_experts)}: give a placement")
+            speeds = self._cluster.rank_speeds() if self._cluster else [1.0] * self.size
+            placement = proportional(len(modules), num_experts.pop(), speeds)
+        if placement.num_ranks != self.size:
+            raise ConfigError(f"the placement is for {placement.num_ranks} ranks, the world has {self.size}")
+        shard_experts(
+            model,
+            placement,
+            lambda hidden, top_k, dtype: self._dispatcher(placement, hidden, top_k, dtype),
+            self.rank,
+            per_expert_sums=self.config.per_expert_sums,
+            transformers_kernel=self.config.expert_kernel == "transformers",
+            join=self.join,
+        )
+        self.view = View(self.view.number + 1, self.view.ranks, placement)
+
+    def _dispatcher(self, placement: Placement, hidden: int, top_k: int, dtype: torch.dtype) -> Dispatcher:
+        key = (placement.digest(), hidden, top_k, dtype)
+        if key not in self._dispatchers:
+            self._dispatchers[key] = Dispatcher(
+                self.transport,
+                placement.slot_rank,
+                hidden_size=hidden,
+                num_experts=placement.num_experts,
+                top_k=top_k,
+                dtype=dtype,
+                placement_digest=placement.digest(),
+            )
+        return self._dispatchers[key]
+
+    def dispatcher(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        dtype: torch.dtype = torch.float32,
+        placement: Placement | None = None,
+        layer: int = 0,
+    ) -> ExpertDispatcher:
+        """Dispatch and combine for callers with their own experts, by expert ids. Every rank calls alike."""
+        if placement is None:
+            speeds = self._cluster.rank_speeds() if self._cluster else [1.0] * self.size
+            placement = proportional(layer + 1, num_experts, speeds)
+        return ExpertDispatcher(self._dispatcher(placement, hidden_size, top_k, dtype), placement, layer)
+
+    # ---- uneven work and gradients ------------------------------------------------------------------------------
+
+    @contextmanager
+    def join(self, model: PreTrainedModel) -> Iterator[None]:
+        """Let ranks run different numbers of forward passes without gradients (generation, evaluation).
+
+        A rank that leaves the block goes on taking part in the others' expert layers, with no tokens of its own,
+        until every rank has left. Named after torch.distributed.algorithms.Join. `model.generate` does this itself.
+        """
+        self._join_depth += 1
+        try:
+            yield
+        finally:
+            self._join_depth -= 1
+        if self._join_depth == 0 and self.size > 1:
+            self._idle_until_all_idle(model)
+
+    def _idle_until_all_idle(self, model: PreTrainedModel) -> None:
+        first, *rest = expert_layers(model)
+        dispatcher = first.moe_runtime_layer.dispatcher
+        nothing = torch.zeros(0, dispatcher.hidden_size, dtype=dispatcher.dtype)
+        with torch.no_grad():
+            while True:
+                first.idle_exchange(nothing)
+                if all(state == IDLE for state in first.moe_runtime_layer.states):
+                    return
+                for layer in rest:
+                    layer.idle_exchange(nothing)
+
+    def sync_gradients(self, model: PreTrainedModel) -> None:
+        """Sum gradients after backward (gradients.py). A rank's loss must be divided by the tokens of all ranks."""
+        gradients.sync_gradients(model, self.transport)
+
+    def clip_grad_norm(self, model: PreTrainedModel, max_norm: float) -> float:
+        """Clip by the norm of the whole model's gradients, experts of all ranks included; returns that norm."""
+        return gradients.clip_grad_norm(model, self.transport, max_norm)
+
+    # ---- what runs ----------------------------------------------------------------------------------------------
+
+    def load(self, model: PreTrainedModel, reset: bool = False) -> np.ndarray:
+        """Tokens per expert [L, E] that all ranks' experts have computed since the last reset. Every rank calls."""
+        layers = [module.moe_runtime_layer for module in expert_layers(model)]
+        placement = layers[0].placement
+        load = torch.zeros(len(layers), placement.num_experts, dtype=torch.int64)
+        for layer in layers:
+            load[layer.index, placement.rank_experts(layer.index, self.rank)] = torch.from_numpy(layer.tokens_per_slot)
+            if reset:
+                layer.tokens_per_slot[:] = 0
+        self.transport.all_reduce(load, "load")
+        return load.numpy()
+
+    def describe(self) -> str:
+        """What runs on this rank and how, in lines of text: launcher, transport, placement, kernels, notes."""
+        lines = [
+            f"rank {self.rank} of {self.size}, started by {self.world.launcher}, device {self.device}, "
+            f"torch {torch.__version__}, {torch.get_num_threads()} threads",
+            f"transport: {self.transport.name}, deadline {self.config.timeout_s:g} s",
+            native.describe(),
+            "expert compute: "
+            + (
+                "transformers' experts function"
+                if self.config.expert_kernel == "transformers"
+                else "grouped, per expert"
+            ),
+            "combine: "
+            + ("one row per (token, expert)" if self.config.per_expert_sums else "one partial sum per (token, rank)"),
+        ]
+        if self.view.placement is not None:
+            counts = np.bincount(self.view.placement.slot_rank, minlength=self.size).tolist()
+            lines.append(
+                f"view {self.view.number}: slots per rank {counts} for {self.view.placement.num_experts} experts"
+            )
+        return "\n".join(lines + [f"note: {note}" for note in self._notes])
+
+    def close(self) -> None:
+        """Leave the world. Other ranks that still wait for this one get PeerLost."""
+        self.transport.close()
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class ExpertDispatcher:
+    """Dispatch and combine in terms of expert ids: replica choice in front of a Dispatcher."""
+
+    def __init__(self, dispatcher: Dispatcher, placement: Placement, layer: int) -> None:
+        self._dispatcher, self._chooser, self._layer = dispatcher, ReplicaChooser(placement, layer), layer
+        self.placement = placement
+
+    def dispatch(
+        self, x_TH: torch.Tensor, topk_ids_TK: torch.Tensor, topk_weights_TK: torch.Tensor, *, expand: bool = True
+    ) -> tuple[torch.Tensor, DispatchHandle]:
+        """See comm.dispatch.Dispatcher.dispatch; ids are expert ids, -1 = not selected."""
+        out_of_range = (topk_ids_TK < -1) | (topk_ids_TK >= self.placement.num_experts)
+        if out_of_range.any():
+            token, k = out_of_range.nonzero()[0].tolist()
+            raise ConfigError(
+                f"dispatch: topk_ids[{token}, {k}] = {int(topk_ids_TK[token, k])} is not an expert "
+                f"(0..{self.placement.num_experts - 1}, or -1)"
+            )
+        slots = self._chooser.choose(topk_ids_TK)
+        return self._dispatcher.dispatch(x_TH, slots, topk_weights_TK, expand=expand, tag=self._layer)
+
+    def combine(self, expert_out: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
+        """See comm.dispatch.Dispatcher.combine."""
+        return self._dispatcher.combine(expert_out, handle)
+
+
+def _read_config(path: Path) -> PretrainedConfig:
+    """config.json, without its quantization_config once we know we can read that format."""
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path / 'config.json'}: transformers cannot read it ({error})") from error
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        block = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
+        if str(method) not in _FP8_METHODS or (block is not None and list(block) != [128, 128]):
+            raise CheckpointError(
+                f"{path / 'config.json'}: quantization {method} with blocks {block} is not supported; "
+                "fp8 with 128x128 blocks is"
+            )
+        del config.quantization_config
+    return config
