@@ -27,6 +27,7 @@ def apportion(num_experts: int, rank_speeds: Sequence[float]) -> list[int]:
     speeds = np.asarray(rank_speeds, dtype=np.float64)
     if not (np.isfinite(speeds).all() and (speeds > 0).all()):
         raise ConfigError(f"rank speeds must be positive numbers, got {list(rank_speeds)}")
+    speeds = speeds / speeds.max()  # only ratios matter; sums of the largest floats would overflow
     # One expert each, then the rest by quota.
     quota = np.maximum(num_experts * speeds / speeds.sum() - 1, 0)
     rest = num_experts - num_ranks

@@ -25,7 +25,7 @@ def split_parameters(model: torch.nn.Module) -> tuple[list[torch.nn.Parameter], 
 
 
 def sync_gradients(model: torch.nn.Module, transport: Transport) -> None:
-    """Sum dense gradients over all ranks, and each replicated expert's over its replicas. Missing gradients are zeros."""
+    """Sum dense gradients over all ranks, and a replicated expert's over its replicas. Missing ones count as zero."""
     if transport.size == 1:
         return
     dense, experts = split_parameters(model)

@@ -43,6 +43,8 @@ class Placement:
             )
         if len(rank) and (rank.min() < 0 or rank.max() >= self.num_ranks or (np.diff(rank) < 0).any()):
             raise ConfigError(f"placement: slot_rank must be non-decreasing and within 0..{self.num_ranks - 1}")
+        if (share < 0).any():
+            raise ConfigError(f"placement: layer {np.argwhere(share < 0)[0][0]} has a negative share")
         for layer in range(expert.shape[0]):
             held = np.zeros(self.num_experts)
             if len(rank) and (expert[layer].min() < 0 or expert[layer].max() >= self.num_experts):
@@ -81,7 +83,7 @@ class Placement:
 
     def digest(self) -> int:
         """A 63-bit hash of the whole table, for the cross-rank check before the first exchange."""
-        h = hashlib.sha256()
+        h = hashlib.sha256(repr((self.num_experts, self.num_ranks)).encode())
         for array, kind in ((self.slot_expert, "<i4"), (self.slot_rank, "<i4"), (self.slot_share, "<f8")):
             h.update(repr(array.shape).encode())
             h.update(np.ascontiguousarray(array, dtype=kind).tobytes())

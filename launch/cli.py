@@ -1,0 +1,324 @@
+"""The command line, `moe-launch`: reads options, decides what each rank is to run, and hands that to an engine.
+
+Heavy modules are imported inside the commands that need them. A user's mistake is one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..core.cluster import Cluster, Node, load_cluster
+from ..core.environment import is_loopback, rank_environment
+from ..core.errors import ConfigError
+from .local import Rank, run_ranks
+from .machine import available_cores, free_port
+from .worker import USER_ERROR_CODE, USER_ERRORS, one_line
+
+_EXAMPLES = {
+    None: """examples:
+  moe-launch run --nproc-per-node 2 my_script.py --my-option 3
+  moe-launch train --nproc-per-node 2 configs/train.toml --set steps=100
+  moe-launch generate --nproc-per-node 2 --model path/to/checkpoint --prompt "Hello"
+  moe-launch bench load
+`moe-launch COMMAND --help` lists a command's options.""",
+    "run": """examples:
+  moe-launch run --nproc-per-node 2 my_script.py --my-option 3
+  moe-launch run --cluster configs/cluster.toml -m my_package.my_job
+  moe-launch run --nproc-per-node 2 --no-python ./my_program
+  moe-launch run --nproc-per-node 2 --dry-run my_script.py
+Options of moe-launch stand before SCRIPT; everything after it is the script's. Every rank gets torchrun's environment
+(RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT ...).""",
+    "train": """examples:
+  moe-launch train --nproc-per-node 2 configs/train.toml
+  moe-launch train --cluster configs/cluster.toml configs/train.toml --set steps=100 --set optimizer.lr=1e-4""",
+    "generate": """examples:
+  moe-launch generate --model path/to/checkpoint --prompt "Hello" --prompt "Good morning" --max-new-tokens 32
+  moe-launch generate --nproc-per-node 2 --model path/to/checkpoint --input prompts.jsonl --output answers.jsonl
+  moe-launch generate --model path/to/checkpoint --prompt "Hello" --temperature 0.7 --seed 1 --json > answer.json""",
+}
+
+# The options of the jobs, passed on to launch/jobs: (name, what argparse needs to know).
+_TRAIN_OPTIONS: dict[str, dict[str, Any]] = {
+    "--set": {"metavar": "KEY=VALUE", "help": "replace one value of CONFIG (repeatable)"},
+}
+_GENERATE_OPTIONS: dict[str, dict[str, Any]] = {
+    "--model": {"metavar": "DIR", "required": True, "help": "checkpoint folder"},
+    "--prompt": {"metavar": "TEXT", "help": "a prompt (repeatable)"},
+    "--input": {"metavar": "FILE.jsonl", "help": "prompts, one JSON object a line"},
+    "--output": {"metavar": "FILE.jsonl", "help": "where the answers go, one JSON object a line"},
+    "--max-new-tokens": {"metavar": "N", "help": "tokens to generate for each prompt"},
+    "--batch-size": {"metavar": "N", "help": "prompts a rank works on at once"},
+    "--dtype": {"metavar": "DTYPE", "help": "auto (the checkpoint's), float32, bfloat16 or float16"},
+    "--keep-fp8": {"nargs": 0, "default": False, "help": "leave experts stored in FP8 as FP8"},
+    "--tokenizer": {"metavar": "auto|bytes", "help": "the checkpoint's tokenizer, or plain bytes"},
+    "--temperature": {"metavar": "X", "help": "0 is greedy"},
+    "--seed": {"metavar": "N", "help": "of the sampling"},
+    "--timeout-s": {"metavar": "SECONDS", "help": "deadline of each wait for other ranks"},
+}
+
+
+# Stands for "--" while argparse reads the command line: it would drop a script's own. No argument can hold a NUL.
+_DASHES = "\0--"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments[:1] == ["bench"]:  # its options are the bench's own, --help included
+            from . import bench
+
+            return bench.main(arguments[1:])
+        options = _parser().parse_args([_DASHES if word == "--" else word for word in arguments])
+        return options.command(options)
+    except USER_ERRORS as error:
+        print(f"moe-launch: error: {one_line(error)}", file=sys.stderr)
+        return USER_ERROR_CODE
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.script == _DASHES and options.arguments:  # moe-launch run [options] -- SCRIPT
+        options.script = options.arguments.pop(0)
+    if options.no_python:
+        if options.module:
+            raise ConfigError("-m and --no-python contradict each other; give one of them")
+        if not shutil.which(options.script):
+            raise ConfigError(f"{options.script}: no such program on PATH")
+    elif not options.module and not os.path.exists(options.script):
+        raise ConfigError(f"{options.script}: no such script (for a module: -m MODULE, for a program: --no-python)")
+    kind = ["-m"] if options.module else ["--no-python"] if options.no_python else []
+    arguments = ["--" if word == _DASHES else word for word in options.arguments]
+    return _launch(options, Path(options.script).stem, [*kind, options.script, *arguments])
+
+
+def _train(options: argparse.Namespace) -> int:
+    if not os.path.isfile(options.config):
+        raise ConfigError(f"{options.config}: no such training configuration; give a TOML file")
+    return _launch(options, "train", ["-m", "moe_runtime.launch.jobs.train", options.config, *_job_arguments(options)])
+
+
+def _generate(options: argparse.Namespace) -> int:
+    return _launch(options, "generate", ["-m", "moe_runtime.launch.jobs.generate", *_job_arguments(options)])
+
+
+def _job_arguments(options: argparse.Namespace) -> list[str]:
+    return [*options.job_arguments, *(["--cluster", options.cluster] if options.cluster else [])]
+
+
+def _launch(options: argparse.Namespace, job: str, target: list[str]) -> int:
+    """Start `target` (the worker's arguments) on every rank, or show what would be started."""
+    cluster = _local_cluster(options)
+    job = options.rdzv_id or re.sub(r"[^\w.-]", "_", job)
+    ranks = _plan_ranks(options, cluster, job, target)
+    if options.dry_run:
+        for rank, (node, device) in zip(ranks, _devices(cluster), strict=True):
+            print(f"{rank.label}  node {node.name}  host {node.host}  device {node.vendor}:{device}")
+            print("  " + shlex.join(["env", *(f"{key}={value}" for key, value in rank.env.items()), *rank.argv]))
+        return 0
+    log_dir = Path(options.log_dir or f"runs/{job}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--log-dir {log_dir}: cannot make this folder ({error.strerror})") from None
+    print(f"moe-launch: {len(ranks)} rank{'s'[: len(ranks) != 1]}, logs in {log_dir}", file=sys.stderr)
+    return run_ranks(ranks, log_dir, shutdown_timeout=options.shutdown_timeout, clean_stdout=options.json)
+
+
+def _local_cluster(options: argparse.Namespace) -> Cluster:
+    """The cluster to run on, refused where it is more than the local engine can do."""
+    if options.engine != "local":
+        raise ConfigError(f"--engine {options.engine}: only the local engine is there for now; leave --engine out")
+    if options.nnodes not in ("1", "1:1"):
+        raise ConfigError(f"--nnodes {options.nnodes}: the local engine runs one machine; use --nnodes 1")
+    if options.node_rank != 0:
+        raise ConfigError(f"--node-rank {options.node_rank}: the local engine runs one machine, whose node rank is 0")
+    if options.max_restarts != 0:
+        raise ConfigError(f"--max-restarts {options.max_restarts}: restarts are not there yet; use --max-restarts 0")
+    wanted = options.nproc_per_node
+    if not options.cluster:
+        return Cluster((Node("local", devices=wanted or 1),))
+    cluster = load_cluster(options.cluster)
+    here = ("localhost", socket.gethostname(), socket.gethostname().split(".")[0])
+    for node in cluster.nodes:
+        if node.host not in here and not is_loopback(node.host):
+            raise ConfigError(
+                f"{options.cluster}: node {node.name} is on host {node.host}; the local engine runs one machine, "
+                "use a cluster file whose hosts are all localhost"
+            )
+    if wanted not in (None, cluster.num_ranks):
+        raise ConfigError(
+            f"--nproc-per-node {wanted}: {options.cluster} has {cluster.num_ranks} devices; "
+            "leave the option out, or change the file"
+        )
+    return cluster
+
+
+def _devices(cluster: Cluster) -> list[tuple[Node, int]]:
+    """Each rank's node, and the number of its device there."""
+    return [(node, device) for node in cluster.nodes for device in range(node.devices)]
+
+
+def _plan_ranks(options: argparse.Namespace, cluster: Cluster, job: str, target: list[str]) -> list[Rank]:
+    size = cluster.num_ranks
+    address, port = _meeting_point(options)
+    cores = available_cores()
+    ranks = []
+    for number, node in enumerate(cluster.rank_nodes()):
+        env = rank_environment(number, size, number, size, address, port, max(1, cores // size))
+        env |= {"TORCHELASTIC_RUN_ID": job, "TORCHELASTIC_USE_AGENT_STORE": "False"}
+        if options.threads_per_rank:
+            env["OMP_NUM_THREADS"] = str(options.threads_per_rank)
+        taken = sorted(node.env.keys() & env.keys() - {"OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "PYTHONUNBUFFERED"})
+        if taken:
+            raise ConfigError(
+                f"{options.cluster}: node {node.name}: env sets {taken[0]}, which is the launcher's to set"
+            )
+        command = (node.python or sys.executable, "-m", "moe_runtime.launch.worker", *target)
+        ranks.append(Rank(command, {**env, **node.env}, f"rank {number}"))
+    return ranks
+
+
+def _meeting_point(options: argparse.Namespace) -> tuple[str, int]:
+    """Where rank 0 listens: --rdzv-endpoint, or --master-addr and --master-port, or a free port of loopback."""
+    address, port = options.master_addr, options.master_port
+    if options.rdzv_endpoint:
+        if address or port:
+            raise ConfigError("--rdzv-endpoint and --master-addr/--master-port say the same thing; give one of them")
+        address, port = options.rdzv_endpoint
+    if not port:
+        port = free_port()
+    return address or "127.0.0.1", port
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="moe-launch", description="Start jobs of moe-runtime.", epilog=_EXAMPLES[None])
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command_name")
+
+    def add_command(name: str, what: str, command: Any) -> tuple[_Parser, Any]:
+        added = commands.add_parser(name, help=what, description=what, epilog=_EXAMPLES.get(name))
+        added.set_defaults(command=command, job_arguments=[], json=False)
+        _add_launch_options(added.add_argument_group("launch options (torchrun's; underscores work as well)"))
+        return added, added.add_argument_group("job options")
+
+    run, _ = add_command("run", "Run any job script on every rank.", _run)
+    run.add_argument("-m", "--module", action="store_true", help="SCRIPT is a module, as in python -m")
+    _add(run, "--no-python", action="store_true", help="SCRIPT is a program, not Python")
+    run.add_argument("--json", action="store_true", help="keep stdout for rank 0's output alone, unprefixed")
+    run.add_argument("script", metavar="SCRIPT", help="the job script")
+    run.add_argument("arguments", metavar="ARGS", nargs=argparse.REMAINDER, help="its arguments, passed on as they are")
+
+    train, job = add_command("train", "Train on every rank.", _train)
+    train.add_argument("config", metavar="CONFIG.toml", help="the training configuration")
+    _add_job_options(job, _TRAIN_OPTIONS)
+
+    _, job = add_command("generate", "Generate text with the model's experts spread over the ranks.", _generate)
+    _add_job_options(job, _GENERATE_OPTIONS)
+    what = "one JSON object on stdout, everything else on stderr"
+    job.add_argument("--json", action=_PassOn, nargs=0, default=False, help=what)
+
+    commands.add_parser("bench", help="Measure on this machine; see moe-launch bench --help.")
+    return parser
+
+
+def _add_job_options(group: Any, job_options: dict[str, dict[str, Any]]) -> None:
+    for name, settings in job_options.items():
+        _add(group, name, action=_PassOn, **settings)
+
+
+def _add_launch_options(group: Any) -> None:
+    at_least_1, count = _whole_number(1), _whole_number(0)
+    of_cluster = "number of ranks (default: the cluster file's, else 1)"
+    _add(group, "--nproc-per-node", type=at_least_1, metavar="N", help=of_cluster)
+    _add(group, "--nnodes", default="1", metavar="N", help="number of machines (only 1 for now)")
+    _add(group, "--node-rank", type=count, default=0, metavar="N", help="this machine's number (only 0 for now)")
+    _add(group, "--cluster", metavar="FILE", help="cluster file: the nodes, their devices and speeds")
+    _add(group, "--engine", default="local", metavar="NAME", help="what starts the ranks (only local for now)")
+    _add(group, "--master-addr", metavar="HOST", help="where rank 0 listens (default: 127.0.0.1)")
+    _add(group, "--master-port", type=_whole_number(1, 65535), metavar="PORT", help="its port (default: a free one)")
+    _add(group, "--rdzv-endpoint", type=_endpoint, metavar="HOST:PORT", help="both in one")
+    _add(group, "--rdzv-id", metavar="NAME", help="name of the job (default: from SCRIPT or the command)")
+    _add(group, "--log-dir", metavar="DIR", help="for rank_N.log (default: runs/<job>-<time>-<pid>)")
+    _add(group, "-t", "--tee", type=_streams, metavar="WHICH", help="accepted; output is always both shown and logged")
+    _add(group, "--max-restarts", type=count, default=0, metavar="N", help="only 0 for now")
+    _add(group, "--threads-per-rank", type=at_least_1, metavar="N", help="OMP_NUM_THREADS (default: cores / ranks)")
+    wait = "from asking a rank to stop to killing it (default: 10)"
+    _add(group, "--shutdown-timeout", type=_seconds, default=10.0, metavar="SECONDS", help=wait)
+    _add(group, "--dry-run", action="store_true", help="show each rank's host, device and command; start nothing")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports mistakes as ConfigError, takes no abbreviations, and knows every option in both spellings."""
+
+    def __init__(self, **settings: Any) -> None:
+        settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+def _add(group: Any, *names: str, **settings: Any) -> None:
+    """Add an option; where its name has dashes inside, its underscore spelling works too, unlisted."""
+    action = group.add_argument(*names, **settings)
+    other = "--" + action.dest
+    if other not in names:
+        unlisted = {"dest": action.dest, "help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
+        group.add_argument(other, **{**settings, **unlisted})
+
+
+class _PassOn(argparse.Action):
+    """Keeps an option, in the order given, for the job."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        name = "--" + self.dest.replace("_", "-")
+        if self.nargs == 0:
+            words = [name]
+            setattr(namespace, self.dest, True)
+        else:  # argparse of the job would take a value such as -1x for an option
+            words = [f"{name}={values}"] if values.startswith("-") else [name, values]
+        namespace.job_arguments = [*namespace.job_arguments, *words]
+
+
+def _whole_number(least: int, most: int | None = None) -> Any:
+    limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least or (most is not None and int(text) > most):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {limits}")
+        return int(text)
+
+    return parse
+
+
+def _seconds(text: str) -> float:
+    if not re.fullmatch(r"\d+(\.\d*)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return float(text)
+
+
+def _endpoint(text: str) -> tuple[str, int]:
+    host, _, port = text.partition(":")
+    if not host:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
+    return host, _whole_number(0, 65535)(port or "0")  # 0: a free one, as in torchrun
+
+
+def _streams(text: str) -> str:
+    if not re.fullmatch(r"[0-3]|\d+:[0-3](,\d+:[0-3])*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not 0 to 3, or RANK:0 to 3")
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,252 @@
+"""The local engine: starts the ranks of one machine, relays their output, and leaves no process behind.
+
+It knows processes and pipes and nothing of what the ranks compute. Every rank leads its own session, so one signal
+reaches the rank and whatever it started. The first rank to fail decides the job's exit code.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from ..core.environment import inherited, with_launcher_pid
+from ..core.errors import ConfigError
+from .output import LineCutter, Sink, last_traceback
+from .worker import USER_ERROR_CODE
+
+_DRAIN_SECONDS = 2.0  # for output still in the pipes after everyone was killed
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What to start: the command, the variables laid over the launcher's own environment, and a name ("rank 0")."""
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    label: str
+
+
+def run_ranks(
+    ranks: Sequence[Rank], log_dir: Path, *, shutdown_timeout: float = 10.0, clean_stdout: bool = False
+) -> int:
+    """Start all ranks, wait for them, return the job's exit code. Call from the main thread.
+
+    0 when every rank ended with 0; the first failing rank's exit code, or 128 + the signal that killed it; 128 + the
+    signal that the launcher itself got. With `clean_stdout` only the first rank's stdout reaches stdout, byte for
+    byte, and everything else goes to stderr. Raises ConfigError when a rank or a log cannot be started.
+    """
+    events: queue.SimpleQueue[_Running | int] = queue.SimpleQueue()  # a rank that ended, or a signal's number
+    console = [Sink(descriptor, lambda error: events.put(signal.SIGPIPE)) for descriptor in (1, 2)]
+    running: list[_Running] = []
+    with _signals_to(events), _guard() as watch:
+        try:
+            for number, rank in enumerate(ranks):
+                running.append(_Running(rank, log_dir, events, console, clean_stdout, exact=number == 0))
+                watch(running[-1].process.pid)
+            ending = _wait_for_ending(len(ranks), events)
+            if isinstance(ending, int):
+                _say(f"got {_signal_name(ending)}; stopping the ranks (at most {shutdown_timeout:g} s)")
+        finally:
+            killed = _stop(running, events, shutdown_timeout)
+    for ended in running:  # reaped only now, with no group left to signal: see _Running._wait
+        with suppress(subprocess.TimeoutExpired):
+            ended.process.wait(_DRAIN_SECONDS)
+    if killed:
+        _say(f"{', '.join(killed)} did not stop and got SIGKILL")
+    if isinstance(ending, int):
+        return 128 + ending
+    if ending is None:
+        return 0
+    _say(ending.summary())
+    return ending.code
+
+
+class _Running:
+    """One started rank: its process, a thread that waits for its end, and a thread for each of its streams."""
+
+    def __init__(
+        self, rank: Rank, log_dir: Path, events: queue.SimpleQueue, console: list[Sink], clean: bool, exact: bool
+    ) -> None:
+        self.label = rank.label
+        self.code: int = -1  # not ended
+        self.ending = ""
+        self.log_path = log_dir / f"{rank.label.replace(' ', '_')}.log"
+        self.stderr_tail: deque[str] = deque(maxlen=500)
+        env = with_launcher_pid(inherited(rank.env), os.getpid())
+        try:
+            log_file = self.log_path.open("wb", buffering=0)
+            self.process = subprocess.Popen(
+                rank.argv,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                bufsize=0,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise ConfigError(f"cannot start {rank.label}: {error}") from None
+        log = Sink(log_file.fileno(), lambda error: _say(f"{self.log_path}: {error}; the log stops here"))
+        stdout = console[1] if clean and not exact else console[0]
+        self.threads = [
+            threading.Thread(target=self._wait, args=(events, log_file), daemon=True),
+            threading.Thread(target=self._relay, args=(self.process.stdout, stdout, log, clean and exact), daemon=True),
+            threading.Thread(target=self._relay, args=(self.process.stderr, console[1], log, False), daemon=True),
+        ]
+        for thread in self.threads:
+            thread.start()
+
+    def is_over(self) -> bool:
+        """The rank has ended and nobody holds its output any more."""
+        return not any(thread.is_alive() for thread in self.threads)
+
+    def _wait(self, events: queue.SimpleQueue, log_file: IO[bytes]) -> None:
+        # WNOWAIT leaves a zombie, which keeps the process group's number from going to a stranger until we reap it.
+        result = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+        assert result is not None  # only WNOHANG gives None
+        if result.si_code == os.CLD_EXITED:
+            self.ending, self.code = f"exit code {result.si_status}", result.si_status
+        else:
+            self.ending, self.code = f"killed by {_signal_name(result.si_status)}", 128 + result.si_status
+        events.put(self)
+        for thread in self.threads[1:]:
+            thread.join()
+        log_file.close()
+
+    def _relay(self, source: IO[bytes], console: Sink, log: Sink, exact: bool) -> None:
+        lines = LineCutter()
+        prefix = f"[{self.label}] "
+        with source:
+            while chunk := source.read(1 << 16):
+                if exact:
+                    console.write(chunk)
+                    log.write(chunk)
+                    continue
+                for line in lines.feed(chunk):
+                    self._show(prefix, line, source, console, log)
+        for line in lines.end():
+            self._show(prefix, line, source, console, log)
+
+    def _show(self, prefix: str, line: str, source: IO[bytes], console: Sink, log: Sink) -> None:
+        if source is self.process.stderr:
+            self.stderr_tail.append(line)
+        console.write(f"{prefix}{line}\n".encode())
+        log.write(f"{line}\n".encode())
+
+    def summary(self) -> str:
+        tail = list(self.stderr_tail)
+        if self.code == USER_ERROR_CODE:  # the mistake is the user's: its one line says it all
+            told = [line for line in tail if "error: " in line] or tail or ["no message"]
+            return f"{self.label} ended with {self.ending}: {told[-1]} (log: {self.log_path})"
+        hint = "; was the machine out of memory?" if self.ending.endswith("SIGKILL") else ""
+        found = last_traceback(tail)
+        heading = "its last traceback:" if found else "its last lines on stderr:" if tail else "it wrote no stderr"
+        head = f"{self.label} failed first: {self.ending}{hint} (log: {self.log_path})"
+        return "\n".join([head, heading, *(found or tail[-10:])])
+
+
+def _wait_for_ending(num_ranks: int, events: queue.SimpleQueue[_Running | int]) -> _Running | int | None:
+    """What ends the job: the first rank that fails, a signal to the launcher, or None when all ended well."""
+    for _ in range(num_ranks):
+        event = events.get()
+        if isinstance(event, int) or event.code != 0:
+            return event
+    return None
+
+
+def _stop(running: list[_Running], events: queue.SimpleQueue[_Running | int], timeout: float) -> list[str]:
+    """SIGTERM to every rank's process group, SIGKILL after `timeout` seconds; returns who needed the latter.
+
+    Also after a good ending: a rank that is done may have left processes behind.
+    """
+    _signal_groups(running, signal.SIGTERM)
+    began = time.monotonic()
+    while not all(rank.is_over() for rank in running) and time.monotonic() < began + timeout:
+        with suppress(queue.Empty):
+            if events.get(timeout=0.02) == signal.SIGINT and time.monotonic() > began + 1.0:
+                break  # a second Ctrl-C: the user will not wait (timeout(1) sends its signal twice at once)
+    killed = [rank.label for rank in running if rank.code == -1]
+    _signal_groups(running, signal.SIGKILL)
+    deadline = time.monotonic() + _DRAIN_SECONDS
+    for rank in running:
+        for thread in rank.threads:  # one that outlasts this reads from a process that left the rank's session
+            thread.join(max(0.0, deadline - time.monotonic()))
+    return killed
+
+
+def _signal_groups(running: list[_Running], number: int) -> None:
+    for rank in running:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(rank.process.pid, number)
+
+
+@contextmanager
+def _signals_to(events: queue.SimpleQueue) -> Iterator[None]:
+    """Turn signals to the launcher into events; SimpleQueue.put is safe inside a handler."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup stays in force
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, lambda received, frame: events.put(received)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# Ranks die with the launcher by themselves (worker.py), their children do not. The guard outlives the launcher for a
+# moment: its stdin ends when the launcher dies, even by SIGKILL, and it kills the groups it was told about.
+_GUARD = """
+import os, signal, sys
+for group in [int(line) for line in sys.stdin]:
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except OSError:
+        pass
+"""
+
+
+@contextmanager
+def _guard() -> Iterator[Callable[[int], None]]:
+    guard = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", _GUARD, "moe-launch-guard"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        bufsize=0,
+        start_new_session=True,
+    )
+
+    told = guard.stdin
+    assert told is not None  # it is a pipe
+
+    def watch(group: int) -> None:
+        with suppress(BrokenPipeError):
+            told.write(f"{group}\n".encode())
+
+    try:
+        yield watch
+    finally:
+        guard.kill()
+        guard.wait()
+        told.close()
+
+
+def _signal_name(number: int) -> str:
+    return {entry.value: entry.name for entry in signal.Signals}.get(number, f"signal {number}")
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # stderr may be the very pipe that nobody reads any more
+        print(f"moe-launch: {text}", file=sys.stderr, flush=True)

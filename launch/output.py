@@ -1,0 +1,89 @@
+"""What ranks print, on its way to console and logs: whole lines, progress bars thinned out, tracebacks found."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+
+class Sink:
+    """A descriptor that several threads write to, one whole line a call.
+
+    Its first failure is told, then all is dropped: a rank must never block on a pipe that nobody reads any more.
+    """
+
+    def __init__(self, descriptor: int, on_error: Callable[[OSError], None]) -> None:
+        self._descriptor, self._on_error = descriptor, on_error
+        self._lock = threading.Lock()
+        self._works = True
+
+    def write(self, data: bytes) -> None:
+        with self._lock:
+            while data and self._works:
+                try:
+                    data = data[os.write(self._descriptor, data) :]
+                except BlockingIOError:  # whoever shares the terminal or pipe made it non-blocking
+                    select.select([], [self._descriptor], [], 1.0)
+                except OSError as error:
+                    self._works = False
+                    self._on_error(error)
+
+
+class LineCutter:
+    """Cuts a stream of bytes into lines of text.
+
+    A progress bar redraws one line with carriage returns: of its states at most one a second becomes a line, and so
+    does the one that a line feed ends. Cursor movements go (they would overwrite other ranks' lines), colours stay.
+    """
+
+    _END = re.compile(rb"\r*\n|\r+(?=[^\r\n])")  # a carriage return at the end may yet belong to a line feed
+    _CURSOR = re.compile(r"\x1b\[[0-9;?]*[A-HJKSTfhl]")
+    _LONGEST = 1 << 20
+
+    def __init__(self, seconds_between_states: float = 1.0) -> None:
+        self._pause = seconds_between_states
+        self._next_state = 0.0
+        self._rest = b""
+
+    def feed(self, chunk: bytes) -> Iterator[str]:
+        self._rest += chunk
+        start = 0
+        for end in self._END.finditer(self._rest):
+            line, start = self._rest[start : end.start()], end.end()
+            if end.group().endswith(b"\n"):
+                yield self._text(line)
+            elif line.strip() and time.monotonic() >= self._next_state:
+                self._next_state = time.monotonic() + self._pause
+                yield self._text(line)
+        self._rest = self._rest[start:]
+        if len(self._rest) > self._LONGEST:
+            yield from self.end()
+
+    def end(self) -> Iterator[str]:
+        if self._rest.strip():
+            yield self._text(self._rest.rstrip(b"\r"))
+        self._rest = b""
+
+    def _text(self, line: bytes) -> str:
+        return self._CURSOR.sub("", line.decode("utf-8", errors="replace"))
+
+
+def last_traceback(lines: Sequence[str]) -> list[str]:
+    """The last Python traceback in some lines, with the exceptions it was chained to; [] when there is none."""
+    starts = [n for n, line in enumerate(lines) if line.startswith(("Traceback (most recent", "Fatal Python error:"))]
+    if not starts:
+        return []
+    start = end = starts.pop()
+    if lines[start].startswith("Fatal"):  # faulthandler's form: every thread, then a long list of modules
+        return [line for line in lines[start : start + 60] if not line.startswith("Extension modules:")]
+    for _ in range(2):  # the heading and its frames, then the exception and the further lines of its message
+        end += 1
+        while end < len(lines) and lines[end].startswith((" ", "\t")):
+            end += 1
+    while starts and start >= 2 and lines[start - 2].endswith(("exception occurred:", "following exception:")):
+        start = starts.pop()
+    return list(lines[start:end])
