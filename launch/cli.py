@@ -97,24 +97,27 @@ def _run(options: argparse.Namespace) -> int:
         raise ConfigError(f"{options.script}: no such script (for a module: -m MODULE, for a program: --no-python)")
     kind = ["-m"] if options.module else ["--no-python"] if options.no_python else []
     arguments = ["--" if word == _DASHES else word for word in options.arguments]
-    return _launch(options, Path(options.script).stem, [*kind, options.script, *arguments])
+    return _launch(options, Path(options.script).stem, [*kind, options.script, *arguments], options.json)
 
 
 def _train(options: argparse.Namespace) -> int:
     if not os.path.isfile(options.config):
         raise ConfigError(f"{options.config}: no such training configuration; give a TOML file")
-    return _launch(options, "train", ["-m", "moe_runtime.launch.jobs.train", options.config, *_job_arguments(options)])
+    target = ["-m", "moe_runtime.launch.jobs.train", options.config, *_job_arguments(options)]
+    return _launch(options, "train", target, clean_stdout=False)
 
 
 def _generate(options: argparse.Namespace) -> int:
-    return _launch(options, "generate", ["-m", "moe_runtime.launch.jobs.generate", *_job_arguments(options)])
+    # Its stdout is the text (or the JSON object) and nothing else.
+    target = ["-m", "moe_runtime.launch.jobs.generate", *_job_arguments(options)]
+    return _launch(options, "generate", target, clean_stdout=True)
 
 
 def _job_arguments(options: argparse.Namespace) -> list[str]:
     return [*options.job_arguments, *(["--cluster", options.cluster] if options.cluster else [])]
 
 
-def _launch(options: argparse.Namespace, job: str, target: list[str]) -> int:
+def _launch(options: argparse.Namespace, job: str, target: list[str], clean_stdout: bool) -> int:
     """Start `target` (the worker's arguments) on every rank, or show what would be started."""
     cluster = _local_cluster(options)
     job = options.rdzv_id or re.sub(r"[^\w.-]", "_", job)
@@ -130,7 +133,7 @@ def _launch(options: argparse.Namespace, job: str, target: list[str]) -> int:
     except OSError as error:
         raise ConfigError(f"--log-dir {log_dir}: cannot make this folder ({error.strerror})") from None
     print(f"moe-launch: {len(ranks)} rank{'s'[: len(ranks) != 1]}, logs in {log_dir}", file=sys.stderr)
-    return run_ranks(ranks, log_dir, shutdown_timeout=options.shutdown_timeout, clean_stdout=options.json)
+    return run_ranks(ranks, log_dir, shutdown_timeout=options.shutdown_timeout, clean_stdout=clean_stdout)
 
 
 def _local_cluster(options: argparse.Namespace) -> Cluster:

@@ -245,6 +245,7 @@ def fill_fresh(model: PreTrainedModel, dtype: torch.dtype, device: torch.device,
     """
     torch.manual_seed(seed)
     dtype_of = _dtype_rule(model, dtype)
+    experts = tuple(f"{name}." for name in experts_modules(model))
     for name, value in list(model.state_dict(keep_vars=True).items()):
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
@@ -253,15 +254,18 @@ def fill_fresh(model: PreTrainedModel, dtype: torch.dtype, device: torch.device,
         if leaf in module._buffers:
             module._buffers[leaf] = fresh
         else:
-            setattr(module, leaf, torch.nn.Parameter(fresh, requires_grad=value.requires_grad))
+            parameter = torch.nn.Parameter(fresh, requires_grad=value.requires_grad)
+            # Experts are drawn below: transformers drawing them too would shift what it draws for the rest.
+            parameter._is_hf_initialized = name.startswith(experts)
+            setattr(module, leaf, parameter)
     model.tie_weights()
     model._move_missing_keys_from_meta_to_device(set(), {"": device}, None, None)
     model._initialize_missing_keys(False)
     std = getattr(model.config.get_text_config(), "initializer_range", 0.02)
     for module_name, module in experts_modules(model).items():
-        experts = module.moe_runtime_layer.placement.rank_experts(module.moe_runtime_layer.index, rank)
+        mine = module.moe_runtime_layer.placement.rank_experts(module.moe_runtime_layer.index, rank)
         for name, parameter in module.named_parameters(recurse=False):
-            for slot, expert in enumerate(experts):
+            for slot, expert in enumerate(mine):
                 words = f"{seed}/{module_name}/{name}/{expert}".encode()
                 generator = torch.Generator().manual_seed(zlib.crc32(words))
                 part = parameter.data[slot]
