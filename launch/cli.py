@@ -22,6 +22,7 @@ from ..core.environment import is_loopback, rank_environment
 from ..core.errors import ConfigError
 from .local import Rank, run_ranks
 from .machine import available_cores, free_port
+from .toml import read_toml
 from .worker import USER_ERROR_CODE, USER_ERRORS, one_line
 
 _EXAMPLES = {
@@ -103,6 +104,9 @@ def _run(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     if not os.path.isfile(options.config):
         raise ConfigError(f"{options.config}: no such training configuration; give a TOML file")
+    if not options.cluster and not options.nproc_per_node:  # the config may name its cluster file
+        named = read_toml(Path(options.config)).get("cluster")
+        options.cluster = str(Path(options.config).parent / named) if isinstance(named, str) else None
     target = ["-m", "moe_runtime.launch.jobs.train", options.config, *_job_arguments(options)]
     return _launch(options, "train", target, clean_stdout=False)
 

@@ -19,6 +19,7 @@ import torch
 
 import moe_runtime
 
+from ...checkpoint import CheckpointReader
 from ...comm.wire import all_gather_message
 from ...core.config import RuntimeConfig
 from ...core.errors import ConfigError
@@ -205,6 +206,7 @@ def main(argv: list[str] | None = None) -> int:
         if getattr(arguments, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1")
     settings = {"cluster": arguments.cluster, "timeout_s": arguments.timeout_s}
+    CheckpointReader(arguments.model).close()  # a missing or broken file is told before anything is waited for
     with moe_runtime.init(RuntimeConfig.from_any(settings)) as runtime:
         tokenizer = load_tokenizer(arguments.tokenizer, arguments.model)
         dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)

@@ -83,9 +83,9 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 def train(config: TrainConfig, base: Path, runtime: moe_runtime.Runtime) -> list[float]:
     """Run the whole job on this rank; returns the loss of every step (mean over the joined batch)."""
-    model = _make_model(config, base, runtime)
     tokens = byte_tokens(text_files(config.files, base))
     batches = Batches(tokens, config.sequence_length, config.batch_size, config.seed)
+    model = _make_model(config, base, runtime)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
         lr=config.learning_rate,
