@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch.autograd.function import once_differentiable
 
 from ..core.errors import ConfigError, MoeRuntimeError
 from .plan import DispatchPlan, ExpandPlan, plan_dispatch, plan_expand
@@ -101,7 +102,7 @@ class Dispatcher:
         `handle.topk_weights`. expand=True: rows [M, H], one per (token, local slot), grouped by slot:
         `handle.rows_per_slot`.
         """
-        self._check(x_TH, slots_TK, weights_TK)
+        self.check(x_TH, slots_TK, weights_TK)
         plan = plan_dispatch(slots_TK.detach().cpu().contiguous().numpy(), self.slot_rank, self.transport.size)
         recv_counts, states = self._exchange_counts(plan, 2 * tag + int(expand), state)
         rows, topk_weights, topk_slots, anchor = _DispatchRows.apply(x_TH, weights_TK, self, plan, recv_counts)
@@ -181,7 +182,8 @@ class Dispatcher:
                 )
         return counts, states
 
-    def _check(self, x_TH: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
+    def check(self, x_TH: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
+        """Raise ConfigError for tensors that cannot be dispatched."""
         if x_TH.dim() != 2 or x_TH.shape[1] != self.hidden_size or x_TH.dtype != self.dtype:
             raise ConfigError(
                 f"dispatch: x must be [T, {self.hidden_size}] {self.dtype}, got {tuple(x_TH.shape)} {x_TH.dtype}"
@@ -192,6 +194,8 @@ class Dispatcher:
                 f"dispatch: topk ids and weights must be {expected}, got {tuple(slots_TK.shape)} and "
                 f"{tuple(weights_TK.shape)}"
             )
+        if slots_TK.is_floating_point() or slots_TK.is_complex() or slots_TK.dtype == torch.bool:
+            raise ConfigError(f"dispatch: topk ids must be whole numbers, got {slots_TK.dtype}")
 
     def _row_layout(self) -> tuple[int, int, int]:
         """Bytes: start of weights, start of slots, length of a packed row (hidden values come first)."""
@@ -223,6 +227,7 @@ class _DispatchRows(torch.autograd.Function):
         return rows, recv_weights.contiguous(), recv_slots, torch.zeros(())
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_rows, grad_weights, _grad_slots, _grad_anchor):
         dispatcher, plan = ctx.dispatcher, ctx.plan
         (x_shape, weights_shape, weights_dtype) = ctx.shapes
@@ -253,6 +258,7 @@ class _Exchange(torch.autograd.Function):
         return transport.all_to_all_v(rows.detach().contiguous(), send_counts, recv_counts, phase)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_rows):
         transport, send_counts, recv_counts, phase = ctx.exchange
         grad = transport.all_to_all_v(grad_rows.contiguous(), send_counts, recv_counts, phase)

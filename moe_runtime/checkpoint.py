@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .core.errors import CheckpointError
-from .experts.fp8 import dequantize_blocks
+from .experts.fp8 import BLOCK, dequantize_blocks
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -79,7 +79,12 @@ class CheckpointReader:
         """The FP8 scales that belong to `key`."""
         scale_key = self._scale_key(key)
         assert scale_key is not None
-        return self.read_raw(scale_key, row).float()
+        scale, needed = self.read_raw(scale_key, row).float(), tuple(-(-n // BLOCK) for n in self.shape(key)[-2:])
+        if tuple(scale.shape) != needed:
+            raise CheckpointError(
+                f"{self.folder / self._file_of[key]}: tensor {key}: scales of shape {tuple(scale.shape)}, need {needed}"
+            )
+        return scale
 
     def close(self) -> None:
         for shard in self._open.values():
@@ -96,10 +101,15 @@ class CheckpointReader:
         index = self.folder / INDEX
         if index.is_file():
             try:
-                weight_map = json.loads(index.read_text())["weight_map"]
+                weight_map = dict(json.loads(index.read_text())["weight_map"])
             except (ValueError, KeyError, TypeError) as error:
                 raise CheckpointError(f"{index}: not a safetensors index ({error}); fetch it again") from error
-            return dict(weight_map)
+            for key, name in weight_map.items():
+                if not isinstance(name, str) or Path(name).name != name:
+                    raise CheckpointError(
+                        f"{index}: tensor {key} is in {name!r}, which is not the name of a file here; fetch it again"
+                    )
+            return weight_map
         if (self.folder / SINGLE).is_file():
             with self._open_shard(SINGLE) as shard:
                 return dict.fromkeys(shard.keys(), SINGLE)

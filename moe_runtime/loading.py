@@ -11,6 +11,7 @@ import re
 import zlib
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,12 +49,12 @@ def fill_from_checkpoint(
         owner = next((prefix for prefix in experts if target.startswith(prefix)), None)
         if owner is None:
             for name, value in source.convert(target, dtype_of(target)).items():
-                _assign(model, name, value.to(device))
+                _assign(model, name, value.to(device), reader.folder)
         else:
             _fill_experts(model, experts[owner], target, source, dtype_of(target), device, rank, keep_fp8)
         progress(done + 1, total)
     model._weight_conversions = [rule for rule in source.rules if rule.was_used()]
-    finish(model, device)
+    finish(model, device, reader.folder)
     return source.unexpected
 
 
@@ -81,6 +82,10 @@ class _Sources:
                 self._order.setdefault(target, position)
             elif not any(rule.search(key) for rule in ignored):
                 self.unexpected.append(key)
+
+    def patterns(self, target: str) -> set[str | None]:
+        """The kinds of keys that are joined into a tensor, such as an expert's gate_proj and up_proj."""
+        return {pattern for pattern, _ in self.keys_of[target]}
 
     def file_order(self, target: str) -> int:
         return self._order[target]
@@ -179,7 +184,9 @@ def _fill_experts(
         del value
     if fp8:
         needed = tuple(-(-extent // 128) for extent in part.shape[1:])
-        if any(tuple(scale.shape) != needed for scale in scales):
+        # gate and up, joined along dimension 0: each must end where a block ends, or up's scales cover other rows.
+        pieces = len(source.patterns(target))
+        if (pieces > 1 and part.shape[1] % (pieces * 128)) or any(tuple(scale.shape) != needed for scale in scales):
             raise ConfigError(
                 f"{target}: expert matrices of {list(part.shape[1:])} cannot stay in FP8 (their 128x128 blocks do not "
                 "line up once gate and up are joined); load without keeping FP8"
@@ -189,13 +196,13 @@ def _fill_experts(
     setattr(module, name, _parameter(part.view(stored), requires_grad=meta.requires_grad and not fp8))
 
 
-def _assign(model: PreTrainedModel, name: str, value: torch.Tensor) -> None:
+def _assign(model: PreTrainedModel, name: str, value: torch.Tensor, folder: Path) -> None:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     current = getattr(module, leaf)
     if tuple(current.shape) != tuple(value.shape):
         raise CheckpointError(
-            f"tensor {name} has shape {list(value.shape)} in the checkpoint, the model's config needs "
+            f"{folder}: tensor {name} has shape {list(value.shape)} in the checkpoint, the model's config needs "
             f"{list(current.shape)}; the two do not belong together"
         )
     if leaf in module._buffers:
@@ -225,13 +232,16 @@ def _dtype_rule(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], t
     return dtype_of
 
 
-def finish(model: PreTrainedModel, device: torch.device) -> None:
+def finish(model: PreTrainedModel, device: torch.device, folder: Path) -> None:
     """Tie weights, compute the buffers that checkpoints do not hold, and make sure nothing was left out."""
     model.tie_weights()
     missing = [name for name, value in model.state_dict().items() if value.device.type == "meta"]
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise CheckpointError(f"{len(missing)} tensors of the model are not in the checkpoint: {shown}")
+        raise CheckpointError(
+            f"{folder}: {len(missing)} tensors of the model are not in the checkpoint: {shown}; "
+            "fetch it again, or give the config.json that belongs to it"
+        )
     model._move_missing_keys_from_meta_to_device(set(), {"": device}, None, None)
     model._initialize_missing_keys(False)
     model.eval()

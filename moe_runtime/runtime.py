@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from . import gradients, loading, saving
 from .checkpoint import CheckpointReader
 from .comm.dispatch import IDLE, Dispatcher, DispatchHandle
 from .comm.rendezvous import connect
+from .comm.wire import all_gather_message
 from .core import environment, native
 from .core.cluster import Cluster, load_cluster
 from .core.config import RuntimeConfig
@@ -86,15 +88,17 @@ class Runtime:
         Raises CheckpointError (missing or unreadable files, missing or misshapen tensors) and ConfigError (no experts
         to shard, more ranks than experts).
         """
-        reader = CheckpointReader(path)
-        with reader:
+        with self._same_outcome("open checkpoint"):
+            reader = CheckpointReader(path)
             config = _read_config(Path(path))
             dtype = dtype or config.dtype or torch.float32
             model = empty_model(config, dtype)
+        with reader:
             self._shard(model, placement)
-            unexpected = loading.fill_from_checkpoint(
-                model, reader, dtype, self.device, self.rank, keep_fp8=keep_fp8, progress=progress
-            )
+            with self._same_outcome("load"):
+                unexpected = loading.fill_from_checkpoint(
+                    model, reader, dtype, self.device, self.rank, keep_fp8=keep_fp8, progress=progress
+                )
         if unexpected:
             self._notes.append(f"{path}: {len(unexpected)} tensors are not part of the model, such as {unexpected[0]}")
         if (Path(path) / "generation_config.json").is_file():
@@ -123,6 +127,21 @@ class Runtime:
     ) -> None:
         """Write a checkpoint that plain transformers loads. Every rank calls; rank 0 writes. See saving.py."""
         saving.save_checkpoint(model, Path(path), self.transport, tokenizer, max_shard_bytes)
+
+    @contextmanager
+    def _same_outcome(self, phase: str) -> Iterator[None]:
+        """What one rank finds wrong ends the phase on every rank: nobody is left waiting for one that gave up."""
+        failure: CheckpointError | ConfigError | None = None
+        try:
+            yield
+        except (CheckpointError, ConfigError) as error:
+            failure = error
+        said = all_gather_message(self.transport, failure and str(failure), f"{phase} (outcome)")
+        if failure is not None:
+            raise failure
+        for rank, problem in enumerate(said):
+            if problem is not None:
+                raise CheckpointError(f"rank {rank} could not {phase}: {problem}")
 
     def _shard(self, model: PreTrainedModel, placement: Placement | None) -> None:
         modules = experts_modules(model)
@@ -171,7 +190,18 @@ class Runtime:
         """Dispatch and combine for callers with their own experts, by expert ids. Every rank calls alike."""
         if placement is None:
             speeds = self._cluster.rank_speeds() if self._cluster else [1.0] * self.size
-            placement = proportional(layer + 1, num_experts, speeds)
+            placement = proportional(max(layer, 0) + 1, num_experts, speeds)
+        for name, value in (("hidden_size", hidden_size), ("top_k", top_k), ("num_experts", num_experts)):
+            if value < 1:
+                raise ConfigError(f"dispatcher: {name} must be at least 1, got {value}")
+        if not dtype.is_floating_point:
+            raise ConfigError(f"dispatcher: dtype must be a floating-point type, got {dtype}")
+        if placement.num_ranks != self.size:
+            raise ConfigError(f"the placement is for {placement.num_ranks} ranks, the world has {self.size}")
+        if placement.num_experts != num_experts:
+            raise ConfigError(f"the placement is for {placement.num_experts} experts, not {num_experts}")
+        if not 0 <= layer < placement.num_layers:
+            raise ConfigError(f"dispatcher: layer {layer} is not one of the placement's {placement.num_layers}")
         return ExpertDispatcher(self._dispatcher(placement, hidden_size, top_k, dtype), placement, layer)
 
     # ---- uneven work and gradients ------------------------------------------------------------------------------
@@ -270,6 +300,7 @@ class ExpertDispatcher:
         self, x_TH: torch.Tensor, topk_ids_TK: torch.Tensor, topk_weights_TK: torch.Tensor, *, expand: bool = True
     ) -> tuple[torch.Tensor, DispatchHandle]:
         """See comm.dispatch.Dispatcher.dispatch; ids are expert ids, -1 = not selected."""
+        self._dispatcher.check(x_TH, topk_ids_TK, topk_weights_TK)
         out_of_range = (topk_ids_TK < -1) | (topk_ids_TK >= self.placement.num_experts)
         if out_of_range.any():
             token, k = out_of_range.nonzero()[0].tolist()
@@ -289,8 +320,9 @@ def _read_config(path: Path) -> PretrainedConfig:
     """config.json, without its quantization_config once we know we can read that format."""
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path / 'config.json'}: transformers cannot read it ({error})") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        said = " ".join(str(error).split("\n\n")[0].split())  # the first paragraph, in one line
+        raise CheckpointError(f"{path / 'config.json'}: transformers cannot read it ({said})") from error
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method

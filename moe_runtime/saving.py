@@ -34,9 +34,10 @@ def save_checkpoint(
 
     After a failure nothing is left under the final name, and a checkpoint that stood there before still stands.
     """
+    folder = folder.resolve()
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    error: str | None = None
     writer = _ShardWriter(partial, max_shard_bytes) if transport.rank == 0 else None
+    error = _why_not_there(folder) if transport.rank == 0 else None
     for name, tensor in _tensors(model, transport):
         # A rank 0 that cannot write goes on receiving: the others are in the middle of sending to it.
         if writer is None or error is not None:
@@ -49,13 +50,13 @@ def save_checkpoint(
         try:
             writer.finish(model, tokenizer)
             _replace(folder, partial)
-        except (OSError, SafetensorError) as failure:
-            error = str(failure)
+        except Exception as failure:  # noqa: BLE001 - a tokenizer may refuse in its own way
+            error = " ".join(str(failure).split()) or repr(failure)
     if writer is not None and error is not None:
         shutil.rmtree(partial, ignore_errors=True)
     error = all_gather_message(transport, error, "save (outcome)")[0]
     if error is not None:
-        raise CheckpointError(f"{folder}: the checkpoint could not be written ({error}); nothing was left there")
+        raise CheckpointError(f"{folder}: the checkpoint could not be written ({error}); what stood there still stands")
 
 
 def _tensors(model: PreTrainedModel, transport: Transport) -> Iterator[tuple[str, torch.Tensor]]:
@@ -194,13 +195,20 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _why_not_there(folder: Path) -> str | None:
+    """Why nothing may be written under this name, or None."""
+    if folder.exists() and not folder.is_dir():
+        return "a file of that name is there"
+    if folder.is_dir() and not (folder / "config.json").is_file() and any(folder.iterdir()):
+        return "the folder is there and is not a checkpoint; it is not overwritten"
+    return None
+
+
 def _replace(folder: Path, partial: Path) -> None:
     """Put `partial` under the final name; an older checkpoint there is set aside first and removed last."""
     if not folder.exists():
         partial.rename(folder)
         return
-    if not (folder / "config.json").is_file() and any(folder.iterdir()):
-        raise OSError(f"{folder} exists and is not a checkpoint; it is not overwritten")
     aside = folder.with_name(f".{folder.name}.old-{os.getpid()}")
     folder.rename(aside)
     try:
