@@ -145,10 +145,16 @@ class TorchTransport:
         self.all_reduce(torch.zeros(1), phase)
 
     def close(self) -> None:
-        if self._owns_default_group and dist.is_initialized():
-            dist.destroy_process_group()
+        # Let go of the group as well: gloo's worker threads end with its last reference, and one that is still about
+        # when the interpreter shuts down aborts the process (seen: one generation in ten).
+        group, self._group = self._group, None
+        if group is None or not dist.is_initialized():
+            return
+        dist.destroy_process_group(None if self._owns_default_group else group)
 
     def _run(self, operation: Any, phase: str, detail: str = "") -> None:
+        if self._group is None:
+            raise RuntimeError(f"{phase}: the transport is closed")
         try:
             operation()
         except RuntimeError as error:

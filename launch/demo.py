@@ -9,7 +9,7 @@ from pathlib import Path
 from . import cli
 
 ROOT = Path(__file__).resolve().parent.parent
-PROMPTS = ["\nimport os\nimport sys\n\nclass ", "\ndef read_file(self, "]
+PROMPTS = ["\nclass Reader:\n    def __init__(self, ", "\n    def close(self):\n        "]
 
 
 def main() -> int:
@@ -41,7 +41,7 @@ def main() -> int:
             "--model",
             str(logs / "checkpoint"),
         ]
-        + [*prompts, "--max-new-tokens", "240", "--temperature", "0.6"]
+        + [*prompts, "--max-new-tokens", "260", "--temperature", "0.5"]
     )
     print(f"\ndemo: done in {time.perf_counter() - started:.0f} s; the model is a Hugging Face checkpoint in "
           f"{logs / 'checkpoint'}", file=sys.stderr)  # fmt: skip

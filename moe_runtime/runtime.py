@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,6 +62,7 @@ class Runtime:
             )
         self.world = world
         self.transport = connect(world, config.timeout_s)
+        atexit.register(self.transport.close)  # for scripts that end without close()
         self.rank, self.size = self.transport.rank, self.transport.size
         self.device = torch.device(config.device)
         self.view = View(0, tuple(range(self.size)), None)
@@ -281,6 +283,7 @@ class Runtime:
     def close(self) -> None:
         """Leave the world. Other ranks that still wait for this one get PeerLost."""
         self.transport.close()
+        atexit.unregister(self.transport.close)
 
     def __enter__(self) -> Runtime:
         return self

@@ -641,3 +641,20 @@ def test_combine_refuses_rows_of_another_shape(change, expand):
         rows, handle = dispatcher.dispatch(*usable_tensors(), expand=expand)
         with pytest.raises(ConfigError, match=rf"\({len(rows)}, 6\)"):
             dispatcher.combine(change(rows.contiguous()), handle)
+
+
+def threads_after_close() -> tuple[int, int]:
+    import gc
+    import os
+
+    with moe_runtime.init({"timeout_s": 20}) as runtime:
+        runtime.transport.barrier("test")
+        during = len(os.listdir("/proc/self/task"))
+    gc.collect()
+    return during, len(os.listdir("/proc/self/task"))
+
+
+def test_close_ends_the_transports_threads():
+    """A gloo thread that outlives close can abort the process when the interpreter shuts down."""
+    for during, after in run_ranks(threads_after_close, 2):
+        assert after < during
