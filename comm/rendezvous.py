@@ -7,20 +7,31 @@ listens on the address the launcher named and on nothing else.
 from __future__ import annotations
 
 import socket
+from typing import Any
 
 import torch.distributed as dist
 
 from ..core import environment
 from ..core.errors import ConfigError, PeerTimeout
+from . import bridge
 from .transport import LocalTransport, TorchTransport, Transport, deadline
 
 
-def connect(world: environment.WorldEnvironment, timeout_s: float) -> Transport:
+def connect(
+    world: environment.WorldEnvironment, timeout_s: float, kind: str = "auto", about: dict[str, Any] | None = None
+) -> Transport:
     """The transport of this rank's world. Every rank calls it; it returns when all have come.
+
+    kind: "gloo", "zeromq", or "auto" (gloo). about: what must be equal on all ranks of a ZeroMQ world (versions,
+    hashes); torch.distributed has no such check, and the dispatcher's own comes later.
 
     If the caller has initialised torch.distributed already, its default group is used and left open on close.
     Raises PeerTimeout when some rank has not come within `timeout_s`, ConfigError when the address cannot be used.
     """
+    if kind == "zeromq" and world.size > 1:
+        if world.master_addr is None or world.master_port is None or world.agent_store:
+            raise ConfigError("transport zeromq needs MASTER_ADDR and a free MASTER_PORT: start with moe-launch")
+        return bridge.meet(world.rank, world.size, world.master_addr, world.master_port, timeout_s, about or {})
     if dist.is_initialized():
         if dist.get_world_size() != world.size:
             raise ConfigError(

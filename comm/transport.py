@@ -111,7 +111,7 @@ class TorchTransport:
     ) -> torch.Tensor:
         recv = send.new_empty((sum(recv_counts), *send.shape[1:]))
         # gloo knows few dtypes and no float8; bytes are all a row is here.
-        send_bytes, recv_bytes = _as_bytes(send), _as_bytes(recv)
+        send_bytes, recv_bytes = as_bytes(send), as_bytes(recv)
         self._run(
             lambda: dist.all_to_all_single(
                 recv_bytes, send_bytes, list(recv_counts), list(send_counts), group=self._group
@@ -130,15 +130,13 @@ class TorchTransport:
         return out
 
     def broadcast(self, tensor: torch.Tensor, root: int, phase: str) -> None:
-        self._run(lambda: dist.broadcast(_as_bytes(tensor), group_src=root, group=self._group), phase)
+        self._run(lambda: dist.broadcast(as_bytes(tensor), group_src=root, group=self._group), phase)
 
     def send(self, tensor: torch.Tensor, to: int, phase: str) -> None:
-        self._run(lambda: dist.send(_as_bytes(tensor), group_dst=to, group=self._group), phase, f"for rank {to}")
+        self._run(lambda: dist.send(as_bytes(tensor), group_dst=to, group=self._group), phase, f"for rank {to}")
 
     def recv(self, tensor: torch.Tensor, source: int, phase: str) -> None:
-        self._run(
-            lambda: dist.recv(_as_bytes(tensor), group_src=source, group=self._group), phase, f"for rank {source}"
-        )
+        self._run(lambda: dist.recv(as_bytes(tensor), group_src=source, group=self._group), phase, f"for rank {source}")
 
     def barrier(self, phase: str) -> None:
         # dist.barrier takes no deadline on gloo; a one-element sum does.
@@ -161,7 +159,7 @@ class TorchTransport:
             raise _translate(error, self, phase, detail) from error
 
 
-def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """A contiguous tensor as uint8 [rows, bytes per row] (or [bytes]), sharing memory."""
     if tensor.dim() <= 1:
         return tensor.view(torch.uint8) if tensor.dim() else tensor.view(1).view(torch.uint8)

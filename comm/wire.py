@@ -15,9 +15,21 @@ from .transport import Transport
 MAX_MESSAGE_BYTES = 1 << 30
 
 
+def pack(message: Any) -> bytes:
+    """A message of msgpack types as bytes."""
+    return msgpack.packb(message)
+
+
+def unpack(data: bytes) -> Any:
+    """The message in these bytes. Raises ValueError for anything that is not one, or is too large."""
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise ValueError(f"a message of {len(data)} bytes is larger than the limit of {MAX_MESSAGE_BYTES}")
+    return msgpack.unpackb(data, strict_map_key=False)  # msgpack bounds every part by the length of the whole
+
+
 def all_gather_message(transport: Transport, message: Any, phase: str) -> list[Any]:
     """Every rank's message (msgpack types), on every rank, in rank order."""
-    payload = torch.frombuffer(bytearray(msgpack.packb(message)), dtype=torch.uint8)
+    payload = torch.frombuffer(bytearray(pack(message)), dtype=torch.uint8)
     sizes = transport.all_gather(torch.tensor([payload.numel()], dtype=torch.int64), f"{phase} (sizes)").view(-1)
     longest = int(sizes.max())
     if longest > MAX_MESSAGE_BYTES:
@@ -25,7 +37,4 @@ def all_gather_message(transport: Transport, message: Any, phase: str) -> list[A
     padded = torch.zeros(longest, dtype=torch.uint8)
     padded[: payload.numel()] = payload
     gathered = transport.all_gather(padded, phase)
-    return [
-        msgpack.unpackb(gathered[rank, : int(size)].numpy().tobytes(), strict_map_key=False)
-        for rank, size in enumerate(sizes.tolist())
-    ]
+    return [unpack(gathered[rank, : int(size)].numpy().tobytes()) for rank, size in enumerate(sizes.tolist())]

@@ -30,6 +30,7 @@ from .layer import experts_modules
 from .model import empty_model, expert_layers, shard_experts
 
 _FP8_METHODS = ("fp8",)
+PROTOCOL = "0.1"  # of the exchanges between ranks; ranks with another one cannot join
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ class Runtime:
                 f"cluster file {config.cluster} describes {self._cluster.num_ranks} ranks, {world.size} were started"
             )
         self.world = world
-        self.transport = connect(world, config.timeout_s)
+        about = {"moe_runtime": PROTOCOL, "cluster": self._cluster.digest() if self._cluster else 0}
+        self.transport = connect(world, config.timeout_s, config.transport, about)
         atexit.register(self.transport.close)  # for scripts that end without close()
         self.rank, self.size = self.transport.rank, self.transport.size
         self.device = torch.device(config.device)

@@ -11,6 +11,7 @@ from ...core.errors import ConfigError
 BENCHES = {
     "model": "moe_runtime.launch.bench.model",
     "load": "moe_runtime.launch.bench.load",
+    "experts": "moe_runtime.launch.bench.experts",
 }
 
 USAGE = f"""usage: moe-launch bench WHAT [options]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
@@ -18,8 +17,8 @@ from typing import Any
 
 from ...core import environment
 from ...core.errors import MoeRuntimeError
-from ..machine import available_cores, free_port, processor_name
-from .model import SHAPE, make_checkpoint
+from ..machine import available_cores, free_port
+from .model import SHAPE, machine_line, make_checkpoint
 
 
 def measure_rank(folder: Path) -> dict[str, float]:
@@ -95,11 +94,10 @@ def main(argv: list[str] | None = None) -> int:
             make_checkpoint(folder, {**SHAPE, "num_hidden_layers": arguments.layers})
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         rows = run(folder, arguments.ranks)
-    machine = f"{available_cores()} cores, {processor_name()}, {platform.system()} {platform.machine()}"
     if arguments.json:
-        print(json.dumps({"machine": machine, "checkpoint_bytes": size, "ranks": rows}))
+        print(json.dumps({"machine": machine_line(), "checkpoint_bytes": size, "ranks": rows}))
         return 0
-    print(f"machine: {machine}; checkpoint of {size / 1e9:.2f} GB on {arguments.ranks} ranks")
+    print(f"machine: {machine_line()}; checkpoint of {size / 1e9:.2f} GB on {arguments.ranks} ranks")
     print(f"{'rank':>4}{'must hold':>14}{'peak while loading':>22}{'ratio':>8}{'seconds':>10}")
     for row in rows:
         ratio = row["peak_bytes"] / row["must_hold_bytes"]

@@ -122,12 +122,12 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             for subject in subjects:
                 subject.close()
-    report = make_report(subjects, arguments, cores)
+    report = make_report(subjects, arguments)
     print(json.dumps(report) if arguments.json else render(report))
     return 0
 
 
-def make_report(subjects: list[Subject], arguments: argparse.Namespace, cores: int) -> dict[str, Any]:
+def make_report(subjects: list[Subject], arguments: argparse.Namespace) -> dict[str, Any]:
     tokens = {
         "prefill": arguments.sequences * arguments.length,
         "decode": arguments.sequences * arguments.new_tokens,
@@ -143,8 +143,12 @@ def make_report(subjects: list[Subject], arguments: argparse.Namespace, cores: i
                 "ours_over_this": _spread([a / b for a, b in zip(ours, rates, strict=True)]),
             }
         rows[subject.name] = row
-    machine = f"{cores} cores, {processor_name()}, {platform.system()} {platform.machine()}"
-    return {"machine": machine, "shape": SHAPE, "rounds": arguments.rounds, "tokens": tokens, "subjects": rows}
+    return {"machine": machine_line(), "shape": SHAPE, "rounds": arguments.rounds, "tokens": tokens, "subjects": rows}
+
+
+def machine_line() -> str:
+    """The machine that figures are told with."""
+    return f"{available_cores()} cores, {processor_name()}, {platform.system()} {platform.machine()}"
 
 
 def _spread(values: list[float]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from typing import Any
 from .errors import ConfigError
 
 KERNELS = ("auto", "grouped", "transformers")
+TRANSPORTS = ("auto", "gloo", "zeromq")
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,8 @@ class RuntimeConfig:
     cluster: path of a cluster file; its nodes' speeds decide how many experts each rank holds. None: equal shares.
     timeout_s: deadline of every wait for another rank, in seconds.
     device: "cpu" (others come with the vendor table).
+    transport: "gloo" (torch.distributed), "zeromq" (no torch.distributed: for nodes whose torch differs), or "auto"
+        (gloo, so far).
     per_expert_sums: send one row per (token, expert) home instead of one partial sum per (token, rank). Slower, but
         the result then does not depend on the placement, to the last bit.
     expert_kernel: "grouped" (ours), "transformers" (its registered experts function), or "auto" (ours on CPU).
@@ -26,6 +29,7 @@ class RuntimeConfig:
     cluster: str | None = None
     timeout_s: float = 300.0
     device: str = "cpu"
+    transport: str = "auto"
     per_expert_sums: bool = False
     expert_kernel: str = "auto"
 
@@ -34,6 +38,8 @@ class RuntimeConfig:
             raise ConfigError(f"timeout_s must be positive, got {self.timeout_s!r}")
         if self.device != "cpu":
             raise ConfigError(f"device {self.device!r}: only 'cpu' is supported so far")
+        if self.transport not in TRANSPORTS:
+            raise ConfigError(f"transport must be one of {', '.join(TRANSPORTS)}, got {self.transport!r}")
         if self.expert_kernel not in KERNELS:
             raise ConfigError(f"expert_kernel must be one of {', '.join(KERNELS)}, got {self.expert_kernel!r}")
 

@@ -1,0 +1,356 @@
+"""The bridge: rows between ranks over ZeroMQ and TCP, without torch.distributed or MPI. The one importer of zmq.
+
+It is for worlds whose nodes do not share a torch or an MPI. Ranks meet at rank 0 (`meet`), which compares protocol and
+versions and hands everybody the table of addresses; then every rank sends to every other through a socket of its own.
+Large payloads go in chunks, so that sending, the wire and copying in overlap. Receivers know from whom each byte came,
+so a deadline names exactly who did not deliver.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import zmq
+
+from ..core.environment import is_loopback
+from ..core.errors import ConfigError, PeerLost, PeerTimeout
+from .transport import as_bytes
+from .wire import pack, unpack
+
+PROTOCOL = 1
+CHUNK_BYTES = 1 << 20
+_BYE = -1  # the operation number of a rank that leaves
+
+
+def meet(
+    rank: int, size: int, address: str, port: int, deadline_s: float, about: dict[str, Any], bind: str | None = None
+) -> BridgeTransport:
+    """Join a world of `size` ranks at rank 0's address:port. `about` must be equal on all ranks (versions, hashes).
+
+    bind: the address of this rank's own socket; by default loopback when rank 0 is on loopback, else the address of
+    the interface that leads to rank 0. Raises ConfigError naming rank and field when `about` differs, PeerTimeout
+    naming the missing ranks when the deadline passes.
+    """
+    context = zmq.Context()
+    inbox = _socket(context, zmq.ROUTER)
+    host = bind or (address if is_loopback(address) else _interface_towards(address, port))
+    try:
+        own_port = inbox.bind_to_random_port(f"tcp://{host}")
+        hello = {"protocol": PROTOCOL, "rank": rank, "size": size, "endpoint": f"tcp://{host}:{own_port}", **about}
+        ends = time.monotonic() + deadline_s
+        if rank == 0:
+            table = _gather_world(context, size, address, port, hello, ends, deadline_s)
+        else:
+            table = _report_to_rank_0(context, rank, address, port, hello, ends, deadline_s)
+        return BridgeTransport(context, inbox, rank, size, [entry["endpoint"] for entry in table], deadline_s)
+    except BaseException:
+        context.destroy(linger=0)
+        raise
+
+
+class BridgeTransport:
+    """A Transport (comm/transport.py) over one ZeroMQ socket per peer.
+
+    Every operation has a number; ranks make the same calls in the same order, so numbers agree. What arrives early
+    waits in `_arrived`, by operation and source.
+    """
+
+    def __init__(
+        self, context: zmq.Context, inbox: zmq.Socket, rank: int, size: int, endpoints: list[str], deadline_s: float
+    ) -> None:
+        self.name, self.rank, self.size, self.deadline_s = "bridge:zeromq", rank, size, deadline_s
+        self._context, self._inbox = context, inbox
+        self._operation = 0
+        self._pair_operations: dict[tuple[int, int], int] = defaultdict(int)
+        self._arrived: dict[tuple[Any, int], deque] = defaultdict(deque)
+        self._gone: dict[int, str] = {}
+        self._poller = zmq.Poller()
+        self._poller.register(inbox, zmq.POLLIN)
+        self._out: dict[int, zmq.Socket] = {}
+        self._monitors: dict[zmq.Socket, int] = {}
+        for peer in range(size):
+            if peer == rank:
+                continue
+            socket = _socket(context, zmq.DEALER, identity=f"rank {rank}".encode())
+            monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+            self._poller.register(monitor, zmq.POLLIN)
+            self._monitors[monitor] = peer
+            socket.connect(endpoints[peer])
+            self._out[peer] = socket
+        self.barrier("rendezvous")
+
+    # ---- the contract -------------------------------------------------------------------------------------------
+
+    def all_to_all_v(
+        self, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str
+    ) -> torch.Tensor:
+        recv = send.new_empty((sum(recv_counts), *send.shape[1:]))
+        outgoing, incoming = list(send.split(list(send_counts))), list(recv.split(list(recv_counts)))
+        incoming[self.rank].copy_(outgoing[self.rank])
+        detail = f"sending {list(send_counts)} and expecting {list(recv_counts)} rows per rank"
+        self._exchange(outgoing, incoming, phase, detail)
+        return recv
+
+    def all_reduce(self, tensor: torch.Tensor, phase: str, op: str = "sum") -> None:
+        # Everyone adds up everyone's values in rank order: the same bits on all ranks. Few ranks meet on a bridge.
+        everyone = self.all_gather(tensor, phase)
+        if op == "sum":
+            tensor.copy_(everyone[0])
+            for other in everyone[1:]:
+                tensor.add_(other)
+        else:
+            tensor.copy_(everyone.amax(0) if op == "max" else everyone.amin(0))
+
+    def all_gather(self, tensor: torch.Tensor, phase: str) -> torch.Tensor:
+        out = tensor.new_empty((self.size, *tensor.shape))
+        out[self.rank].copy_(tensor)
+        self._exchange([tensor.contiguous()] * self.size, list(out.unbind(0)), phase)
+        return out
+
+    def broadcast(self, tensor: torch.Tensor, root: int, phase: str) -> None:
+        nothing = tensor.new_empty(0)
+        mine = [tensor if self.rank == root else nothing] * self.size
+        theirs = [tensor if peer == root and self.rank != root else nothing for peer in range(self.size)]
+        self._exchange(mine, theirs, phase)
+
+    def send(self, tensor: torch.Tensor, to: int, phase: str) -> None:
+        self._check_peer(to, phase)
+        self._pair_operations[self.rank, to] += 1
+        trackers = self._post(to, ("pair", self._pair_operations[self.rank, to]), tensor, phase)
+        self._finish_sending(trackers, phase, (to,))
+
+    def recv(self, tensor: torch.Tensor, source: int, phase: str) -> None:
+        self._check_peer(source, phase)
+        self._pair_operations[source, self.rank] += 1
+        self._collect(("pair", self._pair_operations[source, self.rank]), {source: tensor}, phase, "")
+
+    def barrier(self, phase: str) -> None:
+        self._exchange([torch.zeros(1)] * self.size, [torch.zeros(1) for _ in range(self.size)], phase)
+
+    def close(self) -> None:
+        if self._context.closed:
+            return
+        for socket in self._out.values():
+            socket.send_multipart([pack([_BYE, 0, 0])], flags=zmq.DONTWAIT)
+            socket.disable_monitor()
+        for monitor in self._monitors:
+            monitor.close(linger=0)
+        # Give what was sent a moment to leave, but never hang on a peer that is dead.
+        self._context.destroy(linger=1000)
+
+    # ---- moving bytes -------------------------------------------------------------------------------------------
+
+    def _exchange(
+        self, outgoing: list[torch.Tensor], incoming: list[torch.Tensor], phase: str, detail: str = ""
+    ) -> None:
+        """Send outgoing[p] to every peer p and fill incoming[p] from it; sizes agree between the two sides."""
+        self._operation += 1
+        peers = [peer for peer in range(self.size) if peer != self.rank]
+        trackers = [
+            tracker
+            for step in range(1, self.size)  # each rank starts with its right-hand neighbour, to spread the load
+            for tracker in self._post(
+                (self.rank + step) % self.size, self._operation, outgoing[(self.rank + step) % self.size], phase
+            )
+        ]
+        self._collect(self._operation, {peer: incoming[peer] for peer in peers}, phase, detail)
+        self._finish_sending(trackers, phase, tuple(peers))
+
+    def _post(self, peer: int, operation: Any, tensor: torch.Tensor, phase: str) -> list[zmq.MessageTracker]:
+        """Queue a tensor's bytes for a peer, chunk by chunk and without a copy; returns what says when they left."""
+        if peer in self._gone:
+            raise self._lost(peer, phase)
+        payload = as_bytes(tensor.detach().contiguous()).reshape(-1).numpy()
+        chunks = max(1, math.ceil(len(payload) / CHUNK_BYTES))
+        trackers = []
+        for number in range(chunks):
+            part = payload[number * CHUNK_BYTES : (number + 1) * CHUNK_BYTES]
+            header = pack([operation, len(payload), number])
+            tracker = self._out[peer].send_multipart(
+                [header, part], copy=len(part) < 1 << 16, track=len(part) >= 1 << 16
+            )
+            if tracker is not None:
+                trackers.append(tracker)
+        return trackers
+
+    def _collect(self, operation: Any, incoming: dict[int, torch.Tensor], phase: str, detail: str) -> None:
+        """Fill every tensor from its source, in whatever order chunks arrive."""
+        views = {peer: as_bytes(tensor).reshape(-1).numpy() for peer, tensor in incoming.items()}
+        missing = {peer: max(1, math.ceil(len(view) / CHUNK_BYTES)) for peer, view in views.items()}
+        ends = time.monotonic() + self.deadline_s
+        while missing:
+            for peer in list(missing):
+                waiting = self._arrived[operation, peer]
+                while waiting and peer in missing:
+                    self._copy_in(waiting.popleft(), views[peer], peer, phase)
+                    missing[peer] -= 1
+                    if missing[peer] == 0:
+                        del missing[peer]
+                        self._arrived.pop((operation, peer), None)
+            if not missing:
+                return
+            self._receive(ends, tuple(missing), phase, detail)
+
+    def _copy_in(self, message: tuple[int, int, Any], view: Any, peer: int, phase: str) -> None:
+        total, number, part = message
+        if total != len(view):
+            raise PeerLost(
+                f"rank {self.rank}, phase {phase}: rank {peer} sent {total} bytes where {len(view)} were expected; "
+                "the two are in different calls",
+                rank=peer,
+                phase=phase,
+            )
+        view[number * CHUNK_BYTES : number * CHUNK_BYTES + len(part)] = memoryview(part)
+
+    def _receive(self, ends: float, missing: tuple[int, ...], phase: str, detail: str) -> None:
+        """Wait for any message; note who left. Raises when the deadline passes or a missing rank is gone."""
+        for peer in missing:
+            if peer in self._gone:
+                raise self._lost(peer, phase)
+        left = ends - time.monotonic()
+        ready = dict(self._poller.poll(max(0.0, left) * 1000)) if left > 0 else {}
+        if not ready:
+            raise PeerTimeout(
+                f"rank {self.rank}, phase {phase}: waited {self.deadline_s:g} s for ranks {list(missing)} over "
+                f"{self.name}" + (f", {detail}" if detail else ""),
+                waiting_rank=self.rank,
+                ranks=missing,
+                phase=phase,
+            )
+        if self._inbox in ready:
+            self._drain()
+        for monitor, peer in self._monitors.items():
+            if monitor in ready:
+                monitor.recv_multipart()
+                self._drain()  # what it sent before it went still counts
+                self._gone.setdefault(peer, "closed its connection")
+
+    def _drain(self) -> None:
+        while True:
+            try:
+                sender, header, *parts = self._inbox.recv_multipart(flags=zmq.DONTWAIT, copy=False)
+            except zmq.Again:
+                return
+            peer = int(sender.bytes.decode().removeprefix("rank "))
+            operation, total, number = unpack(header.bytes)
+            if operation == _BYE:
+                self._gone[peer] = "left (its runtime was closed)"
+                continue
+            key = tuple(operation) if isinstance(operation, list) else operation
+            self._arrived[key, peer].append((total, number, parts[0].buffer))
+
+    def _finish_sending(self, trackers: list[zmq.MessageTracker], phase: str, peers: tuple[int, ...]) -> None:
+        """The caller may write to its tensors again once ZeroMQ has let go of them."""
+        ends = time.monotonic() + self.deadline_s
+        for tracker in trackers:
+            try:
+                tracker.wait(max(0.001, ends - time.monotonic()))
+            except zmq.NotDone:
+                raise PeerTimeout(
+                    f"rank {self.rank}, phase {phase}: ranks {list(peers)} did not take what was sent within "
+                    f"{self.deadline_s:g} s over {self.name}",
+                    waiting_rank=self.rank,
+                    ranks=peers,
+                    phase=phase,
+                ) from None
+
+    def _check_peer(self, peer: int, phase: str) -> None:
+        if peer not in self._out:
+            raise ValueError(f"{phase}: rank {peer} is not another rank of this world of {self.size}")
+
+    def _lost(self, peer: int, phase: str) -> PeerLost:
+        return PeerLost(
+            f"rank {self.rank}, phase {phase}: rank {peer} {self._gone[peer]} ({self.name}); look at its log",
+            rank=peer,
+            phase=phase,
+        )
+
+
+# ---- meeting ----------------------------------------------------------------------------------------------------
+
+
+def _gather_world(
+    context: zmq.Context, size: int, address: str, port: int, hello: dict, ends: float, deadline_s: float
+) -> list[dict]:
+    """Rank 0: wait for every rank's hello, compare, and answer all with the table or with what is wrong."""
+    door = _socket(context, zmq.ROUTER)
+    try:
+        door.bind(f"tcp://{address}:{port}")
+    except zmq.ZMQError as error:
+        raise ConfigError(f"rank 0 cannot listen at {address}:{port} ({error}); give another --master-port") from error
+    hellos, answers_to = {0: hello}, {}
+    while len(hellos) < size:
+        if not door.poll(max(0.0, ends - time.monotonic()) * 1000):
+            missing = tuple(rank for rank in range(size) if rank not in hellos)
+            raise PeerTimeout(
+                f"rank 0, phase rendezvous: ranks {list(missing)} did not come to {address}:{port} "
+                f"within {deadline_s:g} s",
+                waiting_rank=0,
+                ranks=missing,
+                phase="rendezvous",
+            )
+        sender, message = door.recv_multipart()
+        theirs = unpack(message)
+        answers_to[theirs["rank"]] = sender
+        hellos[theirs["rank"]] = theirs
+    problem = _disagreement(hellos)
+    table = [hellos[rank] for rank in sorted(hellos)]
+    for sender in answers_to.values():
+        door.send_multipart([sender, pack({"problem": problem, "table": table})])
+    door.close(linger=2000)
+    if problem:
+        raise ConfigError(problem)
+    return table
+
+
+def _report_to_rank_0(
+    context: zmq.Context, rank: int, address: str, port: int, hello: dict, ends: float, deadline_s: float
+) -> list[dict]:
+    door = _socket(context, zmq.DEALER)
+    door.connect(f"tcp://{address}:{port}")
+    door.send(pack(hello))
+    if not door.poll(max(0.0, ends - time.monotonic()) * 1000):
+        raise PeerTimeout(
+            f"rank {rank}, phase rendezvous: rank 0 at {address}:{port} did not answer within {deadline_s:g} s "
+            "(it waits for all ranks; its own message names the missing ones)",
+            waiting_rank=rank,
+            ranks=(0,),
+            phase="rendezvous",
+        )
+    answer = unpack(door.recv())
+    door.close(linger=0)
+    if answer["problem"]:
+        raise ConfigError(answer["problem"])
+    return answer["table"]
+
+
+def _disagreement(hellos: dict[int, dict]) -> str | None:
+    """The first field in which a rank differs from rank 0, in words; None when all agree."""
+    for rank in sorted(hellos):
+        for field, value in hellos[0].items():
+            if field not in ("rank", "endpoint") and hellos[rank].get(field) != value:
+                return f"rank {rank} disagrees with rank 0 on {field}: {hellos[rank].get(field)!r} against {value!r}"
+    return None
+
+
+def _socket(context: zmq.Context, kind: int, identity: bytes | None = None) -> zmq.Socket:
+    socket = context.socket(kind)
+    socket.linger = 1000
+    socket.sndhwm = socket.rcvhwm = 0  # operations bound what is in flight; a silent drop would be worse
+    if identity is not None:
+        socket.identity = identity
+    return socket
+
+
+def _interface_towards(address: str, port: int) -> str:
+    """The address of the interface that this machine would use to reach another; nothing is sent."""
+    import socket
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, port))
+        return probe.getsockname()[0]
