@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ def meet(
             table = _gather_world(context, size, address, port, hello, ends, deadline_s)
         else:
             table = _report_to_rank_0(context, rank, address, port, hello, ends, deadline_s)
-        return BridgeTransport(context, inbox, rank, size, [entry["endpoint"] for entry in table], deadline_s)
+        return BridgeTransport(context, inbox, host, rank, [entry["endpoint"] for entry in table], deadline_s)
     except BaseException:
         context.destroy(linger=0)
         raise
@@ -61,9 +61,10 @@ class BridgeTransport:
     """
 
     def __init__(
-        self, context: zmq.Context, inbox: zmq.Socket, rank: int, size: int, endpoints: list[str], deadline_s: float
+        self, context: zmq.Context, inbox: zmq.Socket, host: str, rank: int, endpoints: list[str], deadline_s: float
     ) -> None:
-        self.name, self.rank, self.size, self.deadline_s = "bridge:zeromq", rank, size, deadline_s
+        self.name, self.rank, self.size, self.deadline_s = "bridge:zeromq", rank, len(endpoints), deadline_s
+        self.host = host  # the address of this rank that the others reach
         self._context, self._inbox = context, inbox
         self._operation = 0
         self._pair_operations: dict[tuple[int, int], int] = defaultdict(int)
@@ -73,7 +74,7 @@ class BridgeTransport:
         self._poller.register(inbox, zmq.POLLIN)
         self._out: dict[int, zmq.Socket] = {}
         self._monitors: dict[zmq.Socket, int] = {}
-        for peer in range(size):
+        for peer in range(self.size):
             if peer == rank:
                 continue
             socket = _socket(context, zmq.DEALER, identity=f"rank {rank}".encode())
@@ -148,18 +149,28 @@ class BridgeTransport:
     def _exchange(
         self, outgoing: list[torch.Tensor], incoming: list[torch.Tensor], phase: str, detail: str = ""
     ) -> None:
-        """Send outgoing[p] to every peer p and fill incoming[p] from it; sizes agree between the two sides."""
+        others = {peer: tensor for peer, tensor in enumerate(outgoing) if peer != self.rank}
+        finish = self.start(others, phase)
+        finish({peer: tensor for peer, tensor in enumerate(incoming) if peer != self.rank}, detail)
+
+    def start(self, outgoing: dict[int, torch.Tensor], phase: str) -> Callable[..., None]:
+        """Begin one exchange: queue outgoing[p] for each peer p. Every rank calls, also with nothing to send.
+
+        Returns finish(incoming, detail=""), which fills incoming[p] from each peer p that sends to this rank and then
+        waits until what was queued has left. Other work can be done in between.
+        """
         self._operation += 1
-        peers = [peer for peer in range(self.size) if peer != self.rank]
-        trackers = [
-            tracker
-            for step in range(1, self.size)  # each rank starts with its right-hand neighbour, to spread the load
-            for tracker in self._post(
-                (self.rank + step) % self.size, self._operation, outgoing[(self.rank + step) % self.size], phase
-            )
-        ]
-        self._collect(self._operation, {peer: incoming[peer] for peer in peers}, phase, detail)
-        self._finish_sending(trackers, phase, tuple(peers))
+        operation, trackers = self._operation, []
+        for step in range(1, self.size):  # each rank starts with its right-hand neighbour, to spread the load
+            peer = (self.rank + step) % self.size
+            if peer in outgoing:
+                trackers += self._post(peer, operation, outgoing[peer], phase)
+
+        def finish(incoming: dict[int, torch.Tensor], detail: str = "") -> None:
+            self._collect(operation, incoming, phase, detail)
+            self._finish_sending(trackers, phase, tuple(outgoing))
+
+        return finish
 
     def _post(self, peer: int, operation: Any, tensor: torch.Tensor, phase: str) -> list[zmq.MessageTracker]:
         """Queue a tensor's bytes for a peer, chunk by chunk and without a copy; returns what says when they left."""

@@ -7,6 +7,7 @@ listens on the address the launcher named and on nothing else.
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -18,20 +19,30 @@ from .transport import LocalTransport, TorchTransport, Transport, deadline
 
 
 def connect(
-    world: environment.WorldEnvironment, timeout_s: float, kind: str = "auto", about: dict[str, Any] | None = None
+    world: environment.WorldEnvironment,
+    timeout_s: float,
+    kind: str = "auto",
+    about: dict[str, Any] | None = None,
+    island_kinds: Sequence[str] | None = None,
 ) -> Transport:
     """The transport of this rank's world. Every rank calls it; it returns when all have come.
 
-    kind: "gloo", "zeromq", or "auto" (gloo). about: what must be equal on all ranks of a ZeroMQ world (versions,
-    hashes); torch.distributed has no such check, and the dispatcher's own comes later.
+    kind: "gloo", "zeromq", "islands", or "auto" (gloo). about: what must be equal on all ranks that meet over ZeroMQ
+    (versions, hashes); torch.distributed has no such check, and the dispatcher's own comes later. island_kinds [R]:
+    what makes ranks one island.
 
     If the caller has initialised torch.distributed already, its default group is used and left open on close.
     Raises PeerTimeout when some rank has not come within `timeout_s`, ConfigError when the address cannot be used.
     """
-    if kind == "zeromq" and world.size > 1:
+    if kind in ("zeromq", "islands") and world.size > 1:
         if world.master_addr is None or world.master_port is None or world.agent_store:
-            raise ConfigError("transport zeromq needs MASTER_ADDR and a free MASTER_PORT: start with moe-launch")
-        return bridge.meet(world.rank, world.size, world.master_addr, world.master_port, timeout_s, about or {})
+            raise ConfigError(f"transport {kind} needs MASTER_ADDR and a free MASTER_PORT: start with moe-launch")
+        joined = bridge.meet(world.rank, world.size, world.master_addr, world.master_port, timeout_s, about or {})
+        if kind == "zeromq":
+            return joined
+        from .islands import join_islands
+
+        return join_islands(joined, island_kinds or ["cpu"] * world.size, timeout_s)
     if dist.is_initialized():
         if dist.get_world_size() != world.size:
             raise ConfigError(
@@ -50,7 +61,7 @@ def connect(
         if world.master_addr is None or world.master_port is None:
             raise ConfigError("no MASTER_ADDR and MASTER_PORT: start with moe-launch, torchrun or mpirun")
         address, port = world.master_addr, world.master_port
-        listener = _listen(address, port) if world.rank == 0 and not world.agent_store else None
+        listener = listen(address, port) if world.rank == 0 and not world.agent_store else None
     if environment.is_loopback(address):
         environment.keep_gloo_on_loopback()
     try:
@@ -82,7 +93,7 @@ def connect(
     return TorchTransport(dist.group.WORLD, timeout_s, owns_default_group=True)
 
 
-def _listen(address: str, port: int) -> socket.socket:
+def listen(address: str, port: int) -> socket.socket:
     """A listening socket on exactly this address. torch's own TCPStore would listen on every interface."""
     try:
         family, _, _, _, sockaddr = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]

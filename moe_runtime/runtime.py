@@ -17,12 +17,13 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 from . import gradients, loading, saving
 from .checkpoint import CheckpointReader
 from .comm.dispatch import IDLE, Dispatcher, DispatchHandle
+from .comm.islands import CompositeTransport
 from .comm.rendezvous import connect
 from .comm.wire import all_gather_message
 from .core import environment, native
 from .core.cluster import Cluster, load_cluster
 from .core.config import RuntimeConfig
-from .core.errors import CheckpointError, ConfigError
+from .core.errors import CheckpointError, ConfigError, VendorUnavailable
 from .core.placement import Placement
 from .experts.placement import proportional
 from .experts.routing import ReplicaChooser
@@ -63,7 +64,9 @@ class Runtime:
             )
         self.world = world
         about = {"moe_runtime": PROTOCOL, "cluster": self._cluster.digest() if self._cluster else 0}
-        self.transport = connect(world, config.timeout_s, config.transport, about)
+        kinds = _island_kinds(self._cluster, world.size)
+        transport = "islands" if config.transport == "auto" and len(set(kinds)) > 1 else config.transport
+        self.transport = connect(world, config.timeout_s, transport, about, kinds)
         atexit.register(self.transport.close)  # for scripts that end without close()
         self.rank, self.size = self.transport.rank, self.transport.size
         self.device = torch.device(config.device)
@@ -280,6 +283,12 @@ class Runtime:
             lines.append(
                 f"view {self.view.number}: slots per rank {counts} for {self.view.placement.num_experts} experts"
             )
+        if isinstance(self.transport, CompositeTransport):
+            lines += self.transport.describe()
+            if any(kind.endswith(EMULATED) for kind in self.transport.islands.kinds):
+                lines.append(
+                    "emulated islands: gloo on host memory stands in for the vendor; its limits are not applied"
+                )
         return "\n".join(lines + [f"note: {note}" for note in self._notes])
 
     def close(self) -> None:
@@ -319,6 +328,25 @@ class ExpertDispatcher:
     def combine(self, expert_out: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
         """See comm.dispatch.Dispatcher.combine."""
         return self._dispatcher.combine(expert_out, handle)
+
+
+EMULATED = " (emulated)"
+
+
+def _island_kinds(cluster: Cluster | None, size: int) -> list[str]:
+    """What makes ranks one island: their vendor, and whether it is emulated. "auto" is cpu until devices are detected.
+
+    Raises VendorUnavailable for a vendor that is neither cpu nor emulated: its plug-in is not driven yet.
+    """
+    if cluster is None:
+        return ["cpu"] * size
+    for node in cluster.nodes:
+        if not node.emulate and node.vendor not in ("auto", "cpu"):
+            raise VendorUnavailable(
+                f'node {node.name}: vendor {node.vendor!r} cannot be used yet; set vendor = "cpu", or '
+                f'emulate = "{node.vendor}" to have CPU ranks stand in for it'
+            )
+    return [node.emulate + EMULATED if node.emulate else "cpu" for node in cluster.rank_nodes()]
 
 
 def _read_config(path: Path) -> PretrainedConfig:

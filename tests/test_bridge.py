@@ -25,9 +25,15 @@ def test_a_model_over_the_bridge_equals_one_process(tmp_path, size):
 
 
 def exchanges() -> str:
-    with moe_runtime.init(ZEROMQ) as runtime:
+    name = check_exchanges(ZEROMQ)
+    assert not torch.distributed.is_initialized()
+    return name
+
+
+def check_exchanges(settings: dict) -> str:
+    """Every call of the contract, with values that say where they come from; returns the transport's name."""
+    with moe_runtime.init(settings) as runtime:
         transport, rank, size = runtime.transport, runtime.rank, runtime.size
-        assert not torch.distributed.is_initialized()
         counts = [(rank + peer) % 3 for peer in range(size)]  # symmetric: what I send to p is what p sends to me
         rows = torch.full((sum(counts), 5), float(rank), dtype=torch.bfloat16)
         got = transport.all_to_all_v(rows, counts, counts, "test")
@@ -56,7 +62,12 @@ def test_exchanges():
 
 
 def rank_dies(how: str) -> str:
-    with moe_runtime.init({"transport": "zeromq", "timeout_s": 4}) as runtime:
+    return rank_goes_missing(how, {"transport": "zeromq", "timeout_s": 4})
+
+
+def rank_goes_missing(how: str, settings: dict) -> str:
+    """Rank 1 dies, closes or sleeps; the others must find out in time and say so. Returns the error's name."""
+    with moe_runtime.init(settings) as runtime:
         runtime.transport.barrier("test")
         if runtime.rank == 1:
             if how == "dies":

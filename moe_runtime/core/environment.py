@@ -163,3 +163,9 @@ def is_loopback(address: str) -> bool:
         return socket.inet_aton(address)[0] == 127
     except OSError:
         return False
+
+
+def vendor_marks(env: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The variables by which a vendor's software shows that it is installed (MACA_PATH: MetaX), where they are set."""
+    env = os.environ if env is None else env
+    return {name: env[name] for name in ("MACA_PATH",) if env.get(name)}

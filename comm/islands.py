@@ -1,0 +1,181 @@
+"""Islands joined into one world: rows inside an island by its own library, rows between islands over the bridge.
+
+An island is a maximal set of ranks that share one vendor's collective library. Each has its own torch.distributed
+group with its own store, so torch.distributed never spans islands; the world meets on the bridge. The composite is
+itself a Transport.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from ..core import environment
+from .bridge import BridgeTransport
+from .rendezvous import listen
+from .transport import LocalTransport, TorchTransport, Transport, deadline
+from .wire import all_gather_message
+
+
+@dataclass(frozen=True)
+class Islands:
+    """Who is on which island. kinds[i]: what the ranks of island i share; ranks[i]: they, in increasing order."""
+
+    kinds: tuple[str, ...]
+    ranks: tuple[tuple[int, ...], ...]
+
+    def of(self, rank: int) -> int:
+        """The island of a rank."""
+        return next(island for island, ranks in enumerate(self.ranks) if rank in ranks)
+
+    def leaders(self) -> tuple[int, ...]:
+        """The lowest rank of each island: it speaks for its island where one voice is enough."""
+        return tuple(ranks[0] for ranks in self.ranks)
+
+
+def form_islands(kinds: Sequence[str]) -> Islands:
+    """Group ranks by kind: kinds[r] names the collective library that rank r speaks and where it reaches."""
+    names = tuple(dict.fromkeys(kinds))
+    return Islands(names, tuple(tuple(r for r, kind in enumerate(kinds) if kind == name) for name in names))
+
+
+def join_islands(bridge: BridgeTransport, kinds: Sequence[str], deadline_s: float) -> CompositeTransport:
+    """Build this rank's island group beside a world-wide bridge. Every rank calls with the same kinds."""
+    islands = form_islands(kinds)
+    mine = islands.ranks[islands.of(bridge.rank)]
+    endpoint, listener = "", None
+    if len(mine) > 1 and bridge.rank == mine[0]:
+        listener = listen(bridge.host, 0)
+        endpoint = f"{bridge.host} {listener.getsockname()[1]}"
+    endpoints = all_gather_message(bridge, endpoint, "rendezvous of islands")
+    if len(mine) == 1:
+        return CompositeTransport(bridge, LocalTransport(deadline_s), islands)
+    address, port = endpoints[mine[0]].split()
+    if environment.is_loopback(address):
+        environment.keep_gloo_on_loopback()
+    store = dist.TCPStore(
+        address,
+        int(port),
+        len(mine),
+        is_master=listener is not None,
+        timeout=deadline(deadline_s),
+        wait_for_workers=False,
+        master_listen_fd=listener.detach() if listener is not None else None,
+    )
+    dist.init_process_group(
+        "gloo",
+        store=dist.PrefixStore("moe_runtime_island", store),
+        rank=mine.index(bridge.rank),
+        world_size=len(mine),
+        timeout=deadline(deadline_s),
+    )
+    return CompositeTransport(bridge, TorchTransport(dist.group.WORLD, deadline_s, owns_default_group=True), islands)
+
+
+class CompositeTransport:
+    """A Transport over an island's own and the bridge. `native` numbers its ranks within the island."""
+
+    def __init__(self, bridge: BridgeTransport, native: Transport, islands: Islands) -> None:
+        self.rank, self.size, self.deadline_s = bridge.rank, bridge.size, bridge.deadline_s
+        self.islands, self._bridge, self._native = islands, bridge, native
+        self._island = islands.of(self.rank)
+        self._mates = islands.ranks[self._island]
+        self._others = tuple(rank for rank in range(self.size) if rank not in self._mates)
+        self._leads = self.rank == self._mates[0]
+        self.name = f"islands ({native.name} inside, {bridge.name} between)"
+        # Rows of all-to-all by path; what went native never left the island.
+        self.rows_sent = {"native": 0, "bridge": 0}
+
+    def path(self, source: int, to: int) -> str:
+        """How rows travel from one rank to another, for describe()."""
+        if source == to:
+            return "self"
+        island = self.islands.of(source)
+        return self.islands.kinds[island] if to in self.islands.ranks[island] else "bridge"
+
+    def all_to_all_v(
+        self, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str
+    ) -> torch.Tensor:
+        recv = send.new_empty((sum(recv_counts), *send.shape[1:]))
+        outgoing, incoming = send.split(list(send_counts)), recv.split(list(recv_counts))
+        detail = f"sending {list(send_counts)} and expecting {list(recv_counts)} rows per rank"
+        finish = self._bridge.start({peer: outgoing[peer] for peer in self._others}, phase)
+        inside = self._native.all_to_all_v(
+            torch.cat([outgoing[mate] for mate in self._mates]),
+            [send_counts[mate] for mate in self._mates],
+            [recv_counts[mate] for mate in self._mates],
+            phase,
+        )
+        for mate, rows in zip(self._mates, inside.split([recv_counts[mate] for mate in self._mates]), strict=True):
+            incoming[mate].copy_(rows)
+        finish({peer: incoming[peer] for peer in self._others}, detail)
+        self.rows_sent["native"] += sum(send_counts[mate] for mate in self._mates if mate != self.rank)
+        self.rows_sent["bridge"] += sum(send_counts[peer] for peer in self._others)
+        return recv
+
+    def all_reduce(self, tensor: torch.Tensor, phase: str, op: str = "sum") -> None:
+        """Inside each island, then between the leaders in island order, then inside again: equal bits on all ranks."""
+        self._native.all_reduce(tensor, phase, op)
+        leaders = self.islands.leaders()
+        peers = [leader for leader in leaders if leader != self.rank] if self._leads else []
+        parts = {leader: torch.empty_like(tensor) for leader in peers}
+        self._bridge.start(dict.fromkeys(peers, tensor), phase)(parts)
+        if self._leads:
+            parts[self.rank] = tensor.clone()
+            stacked = torch.stack([parts[leader] for leader in leaders])
+            reduced = stacked.amax(0) if op == "max" else stacked.amin(0) if op == "min" else stacked[0]
+            for part in stacked[1:] if op == "sum" else ():
+                reduced = reduced + part
+            tensor.copy_(reduced)
+        self._native.broadcast(tensor, 0, phase)
+
+    def all_gather(self, tensor: torch.Tensor, phase: str) -> torch.Tensor:
+        out = tensor.new_empty((self.size, *tensor.shape))
+        finish = self._bridge.start(dict.fromkeys(self._others, tensor.contiguous()), phase)
+        for mate, value in zip(self._mates, self._native.all_gather(tensor, phase), strict=True):
+            out[mate].copy_(value)
+        finish({peer: out[peer] for peer in self._others})
+        return out
+
+    def broadcast(self, tensor: torch.Tensor, root: int, phase: str) -> None:
+        home = self.islands.of(root)
+        others = [leader for island, leader in enumerate(self.islands.leaders()) if island != home]
+        finish = self._bridge.start(dict.fromkeys(others, tensor) if self.rank == root else {}, phase)
+        finish({root: tensor} if self.rank in others else {})
+        self._native.broadcast(tensor, self._mates.index(root) if self._island == home else 0, phase)
+
+    def send(self, tensor: torch.Tensor, to: int, phase: str) -> None:
+        if to in self._mates:
+            self._native.send(tensor, self._mates.index(to), phase)
+        else:
+            self._bridge.send(tensor, to, phase)
+
+    def recv(self, tensor: torch.Tensor, source: int, phase: str) -> None:
+        if source in self._mates:
+            self._native.recv(tensor, self._mates.index(source), phase)
+        else:
+            self._bridge.recv(tensor, source, phase)
+
+    def barrier(self, phase: str) -> None:
+        self.all_reduce(torch.zeros(1), phase)
+
+    def close(self) -> None:
+        self._native.close()
+        self._bridge.close()
+
+    def describe(self) -> list[str]:
+        """The matrix of rank pairs and the path each takes."""
+        width = max(8, *(len(kind) for kind in self.islands.kinds)) + 2
+        told = [f"{kind} {list(ranks)}" for kind, ranks in zip(self.islands.kinds, self.islands.ranks, strict=True)]
+        lines = [
+            f"islands: {'; '.join(told)}",
+            "from\\to".ljust(10) + "".join(f"rank {to}".rjust(width) for to in range(self.size)),
+        ]
+        for source in range(self.size):
+            lines.append(
+                f"rank {source}".ljust(10) + "".join(self.path(source, to).rjust(width) for to in range(self.size))
+            )
+        return lines

@@ -1,0 +1,109 @@
+"""Islands of emulated vendors and a CPU island, joined over the bridge: one world, and native rows never leave home."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from test_bridge import check_exchanges, rank_goes_missing
+from test_families import SPLITS, check_rank, write_oracle
+
+import moe_runtime
+from moe_runtime.comm.islands import form_islands
+from moe_runtime.errors import VendorUnavailable
+
+# Two ascend ranks that are not neighbours, one biren, one cpu; speeds give 16 experts as 5, 3, 3, 5.
+CLUSTER = """
+[[node]]
+name = "a"
+emulate = "ascend"
+speed = 2
+[[node]]
+name = "b"
+emulate = "biren"
+speed = 1
+[[node]]
+name = "c"
+emulate = "ascend"
+speed = 1
+[[node]]
+name = "d"
+vendor = "cpu"
+speed = 2
+"""
+
+
+@pytest.fixture
+def cluster(tmp_path) -> str:
+    (tmp_path / "cluster.toml").write_text(CLUSTER)
+    return str(tmp_path / "cluster.toml")
+
+
+def test_islands_are_maximal_and_in_rank_order():
+    islands = form_islands(["ascend", "biren", "ascend", "cpu"])
+    assert islands.kinds == ("ascend", "biren", "cpu")
+    assert islands.ranks == ((0, 2), (1,), (3,))
+    assert [islands.of(rank) for rank in range(4)] == [0, 1, 0, 2]
+    assert islands.leaders() == (0, 1, 3)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v4"])
+def test_one_model_over_four_ranks_on_three_islands_equals_one_process(tmp_path, cluster, family):
+    write_oracle(tmp_path, family)
+    run_ranks(check_rank, 4, tmp_path, SPLITS[4], {"cluster": cluster})
+
+
+def looks_around(cluster: str) -> tuple[str, int, dict]:
+    with moe_runtime.init({"cluster": cluster, "timeout_s": 30}) as runtime:
+        transport = runtime.transport
+        # One row to every rank, itself included.
+        transport.all_to_all_v(torch.zeros(4, 3), [1] * 4, [1] * 4, "test")
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        return runtime.describe(), world, transport.rows_sent
+
+
+def test_torch_distributed_never_spans_islands_and_native_rows_stay_inside(cluster):
+    seen = run_ranks(looks_around, 4, cluster)
+    assert [world for _, world, _ in seen] == [2, 1, 2, 1]
+    assert [rows for _, _, rows in seen] == [
+        {"native": 1, "bridge": 2},
+        {"native": 0, "bridge": 3},
+        {"native": 1, "bridge": 2},
+        {"native": 0, "bridge": 3},
+    ]
+    told = seen[0][0].splitlines()
+    assert "islands: ascend (emulated) [0, 2]; biren (emulated) [1]; cpu [3]" in told
+    row = next(line for line in told if line.startswith("rank 0 ") and "bridge" in line)
+    assert row.split("  ")[-1].strip() == "bridge" and "self" in row and "ascend (emulated)" in row
+    assert any("stands in for the vendor" in line for line in told)
+
+
+def exchanges(cluster: str) -> str:
+    return check_exchanges({"cluster": cluster, "timeout_s": 30})
+
+
+def test_the_composite_passes_the_bridges_exchanges(cluster):
+    inside = ["torch.distributed:gloo", "local", "torch.distributed:gloo", "local"]
+    assert run_ranks(exchanges, 4, cluster) == [f"islands ({name} inside, bridge:zeromq between)" for name in inside]
+
+
+def goes_missing(cluster: str, how: str) -> str:
+    return rank_goes_missing(how, {"cluster": cluster, "timeout_s": 4})
+
+
+@pytest.mark.parametrize("how", ["dies", "sleeps"])
+def test_a_missing_rank_ends_the_wait(cluster, how):
+    said = run_ranks(goes_missing, 4, cluster, how, expect_dead=(1,) if how == "dies" else ())
+    assert said[0] in ("PeerLost", "PeerTimeout")
+
+
+def refuses(cluster: str) -> str:
+    with pytest.raises(VendorUnavailable) as caught:
+        moe_runtime.init({"cluster": cluster})
+    return str(caught.value)
+
+
+def test_a_vendor_that_is_not_emulated_is_refused_rather_than_pretended(tmp_path):
+    (tmp_path / "cluster.toml").write_text('[[node]]\nname = "a"\nvendor = "ascend"\n')
+    assert "emulate" in run_ranks(refuses, 1, str(tmp_path / "cluster.toml"))[0]
