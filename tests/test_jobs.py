@@ -128,9 +128,14 @@ def test_generate_json_is_one_object_on_stdout(trained):
         (["train", "train.toml", "--set", "model.hidden_sise=3"], "no setting 'hidden_sise'"),
         (["train", "train.toml", "--set", "files=['nothing/*.txt']"], "matches no file"),
         (["train", "--nproc-per-node", "3", "train.toml"], "describes 2 ranks, 3 were started"),
+        (["train", "train.toml", "--set", "learning_rate=fast"], "learning_rate must be a number"),
         (["train", "missing.toml"], "missing.toml"),
         (["generate", "--model", "text", "--prompt", "x"], "no config.json"),
         (["generate", "--model", "out/checkpoint"], "give --prompt"),
+        (
+            ["generate", "--model", "out/checkpoint", "--prompt", "x", "--output", "no/such/x.jsonl"],
+            "cannot be written",
+        ),
     ],
 )
 def test_a_users_mistake_is_one_clear_line_and_exit_code_2(trained, words, told):

@@ -68,6 +68,8 @@ def rounds(requests: list[Request], size: int, batch_size: int) -> Iterator[list
 def generate(runtime: moe_runtime.Runtime, model: Any, tokenizer: Any, arguments: argparse.Namespace) -> int:
     """All rounds; returns the number of requests that could not be read."""
     requests = read_requests(arguments.prompt, arguments.input)
+    if not any(request.error is None for request in requests) and runtime.rank == 0:
+        print("no prompt can be read", file=sys.stderr)
     good = [request for request in requests if request.error is None]
     sink = _Sink(requests, arguments) if runtime.rank == 0 else None
     started, tokens = time.perf_counter(), 0
@@ -138,7 +140,7 @@ class _Sink:
         self._json = arguments.json
         self._total = len(requests)
         self._to_file = arguments.output is not None
-        self._file: TextIO = open(arguments.output, "w", encoding="utf-8") if self._to_file else sys.stdout
+        self._file: TextIO = _open_output(arguments.output) if self._to_file else sys.stdout
         self._bad = [request for request in requests if request.error is not None]
         self._records: list[dict] = []
         for request in self._bad:
@@ -179,6 +181,25 @@ class _Sink:
             print(f"{record['prompt']}{record['text']}", file=self._file, flush=True)
 
 
+def _open_output(path: Path) -> TextIO:
+    try:
+        return open(path, "w", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--output {path}: cannot be written ({error.strerror}); give another file") from error
+
+
+class LoadingProgress:
+    """Tells on stderr how far loading is, at most every two seconds, so that a quick load says nothing."""
+
+    def __init__(self, rank: int) -> None:
+        self._silent_until = time.monotonic() + 2.0 if rank == 0 else float("inf")
+
+    def __call__(self, done: int, total: int) -> None:
+        if time.monotonic() >= self._silent_until:
+            self._silent_until = time.monotonic() + 2.0
+            print(f"loading: {done / total:.0%} of {total} tensors", file=sys.stderr, flush=True)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="moe-launch generate", description="continue prompts with a sharded model")
     parser.add_argument("--model", type=Path, required=True, help="folder of a Hugging Face checkpoint")
@@ -210,7 +231,9 @@ def main(argv: list[str] | None = None) -> int:
     with moe_runtime.init(RuntimeConfig.from_any(settings)) as runtime:
         tokenizer = load_tokenizer(arguments.tokenizer, arguments.model)
         dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-        model = runtime.load_model(arguments.model, dtype=dtype, keep_fp8=arguments.keep_fp8)
+        model = runtime.load_model(
+            arguments.model, dtype=dtype, keep_fp8=arguments.keep_fp8, progress=LoadingProgress(runtime.rank)
+        )
         if runtime.rank == 0:
             print(runtime.describe(), file=sys.stderr)
         bad = generate(runtime, model, tokenizer, arguments)

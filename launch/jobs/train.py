@@ -54,10 +54,12 @@ class TrainConfig:
     runtime: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for setting in fields(self):
+            _check_kind(setting.name, str(setting.type), getattr(self, setting.name))
         for name in ("sequence_length", "batch_size", "steps", "log_every"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
+            if value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value!r}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"dtype must be float32 or bfloat16, got {self.dtype!r}")
 
@@ -71,6 +73,23 @@ class TrainConfig:
         if missing:
             raise ConfigError(f"{where}: missing key {missing[0]!r}")
         return cls(**table)
+
+
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "str": ((str,), "a string"),
+    "str | None": ((str, type(None)), "a string"),
+    "list[str]": ((list,), "a list of strings"),
+    "dict[str, Any]": ((dict,), "a table"),
+}
+
+
+def _check_kind(name: str, annotation: str, value: Any) -> None:
+    kinds, words = _KINDS[annotation]
+    good = isinstance(value, kinds) and not isinstance(value, bool)
+    if not good or (annotation == "list[str]" and not all(isinstance(item, str) for item in value)):
+        raise ConfigError(f"{name} must be {words}, got {value!r}")
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
