@@ -43,6 +43,7 @@ class DispatchHandle:
     row_index: torch.Tensor
     choice_index: torch.Tensor
     states: list[int]
+    source_slots_TK: torch.Tensor
     source_weights_TK: torch.Tensor
     anchor: torch.Tensor = field(repr=False)
 
@@ -91,20 +92,27 @@ class Dispatcher:
         expand: bool = False,
         tag: int = 0,
         state: int = WORKING,
+        handle: DispatchHandle | None = None,
     ) -> tuple[torch.Tensor, DispatchHandle]:
         """Send each token once to every rank that holds one of its slots.
 
         x_TH [T, H] in the dispatcher's dtype; slots_TK [T, K] integer global slot ids, -1 = not selected;
         weights_TK [T, K]. T may be 0 and may differ between ranks; every rank must call. `tag` (a layer number) must
-        be equal on all ranks of one exchange.
+        be equal on all ranks of one exchange. `handle` of an earlier dispatch with the same slots on every rank skips
+        the plan and the counts exchange (DeepEP's cached mode); other slots raise ConfigError.
 
         Returns (rows, handle). expand=False: rows [N, H], each token once, with `handle.topk_slots` and
         `handle.topk_weights`. expand=True: rows [M, H], one per (token, local slot), grouped by slot:
         `handle.rows_per_slot`.
         """
         self.check(x_TH, slots_TK, weights_TK)
-        plan = plan_dispatch(slots_TK.detach().cpu().contiguous().numpy(), self.slot_rank, self.transport.size)
-        recv_counts, states = self._exchange_counts(plan, 2 * tag + int(expand), state)
+        if handle is None:
+            plan = plan_dispatch(slots_TK.detach().cpu().contiguous().numpy(), self.slot_rank, self.transport.size)
+            recv_counts, states = self._exchange_counts(plan, 2 * tag + int(expand), state)
+        else:
+            if not torch.equal(slots_TK, handle.source_slots_TK):
+                raise ConfigError("dispatch: the handle belongs to another routing; leave it out")
+            plan, recv_counts, states = handle.plan, handle.recv_counts, handle.states
         rows, topk_weights, topk_slots, anchor = _DispatchRows.apply(x_TH, weights_TK, self, plan, recv_counts)
         order: ExpandPlan = plan_expand(topk_slots.numpy(), self.num_local_slots)
         handle = DispatchHandle(
@@ -118,6 +126,7 @@ class Dispatcher:
             row_index=torch.from_numpy(order.row_index),
             choice_index=torch.from_numpy(order.k_index),
             states=states,
+            source_slots_TK=slots_TK,
             source_weights_TK=weights_TK,
             anchor=anchor,
         )

@@ -311,9 +311,18 @@ class ExpertDispatcher:
         self.placement = placement
 
     def dispatch(
-        self, x_TH: torch.Tensor, topk_ids_TK: torch.Tensor, topk_weights_TK: torch.Tensor, *, expand: bool = True
+        self,
+        x_TH: torch.Tensor,
+        topk_ids_TK: torch.Tensor,
+        topk_weights_TK: torch.Tensor,
+        *,
+        expand: bool = True,
+        handle: DispatchHandle | None = None,
     ) -> tuple[torch.Tensor, DispatchHandle]:
-        """See comm.dispatch.Dispatcher.dispatch; ids are expert ids, -1 = not selected."""
+        """See comm.dispatch.Dispatcher.dispatch; ids are expert ids, -1 = not selected.
+
+        `handle` of an earlier dispatch with the same ids on every rank skips the counts exchange.
+        """
         self._dispatcher.check(x_TH, topk_ids_TK, topk_weights_TK)
         out_of_range = (topk_ids_TK < -1) | (topk_ids_TK >= self.placement.num_experts)
         if out_of_range.any():
@@ -323,7 +332,7 @@ class ExpertDispatcher:
                 f"(0..{self.placement.num_experts - 1}, or -1)"
             )
         slots = self._chooser.choose(topk_ids_TK)
-        return self._dispatcher.dispatch(x_TH, slots, topk_weights_TK, expand=expand, tag=self._layer)
+        return self._dispatcher.dispatch(x_TH, slots, topk_weights_TK, expand=expand, tag=self._layer, handle=handle)
 
     def combine(self, expert_out: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
         """See comm.dispatch.Dispatcher.combine."""

@@ -658,3 +658,35 @@ def test_close_ends_the_transports_threads():
     """A gloo thread that outlives close can abort the process when the interpreter shuts down."""
     for during, after in run_ranks(threads_after_close, 2):
         assert after < during
+
+
+def dispatches_again(expand: bool) -> int:
+    with moe_runtime.init({"timeout_s": 20}) as runtime:
+        calls = []
+        exchange = runtime.transport.all_to_all_v
+
+        def counting(send, send_counts, recv_counts, phase):
+            calls.append(phase)
+            return exchange(send, send_counts, recv_counts, phase)
+
+        runtime.transport.all_to_all_v = counting
+        dispatcher = runtime.dispatcher(hidden_size=8, num_experts=6, top_k=2)
+        generator = torch.Generator().manual_seed(runtime.rank)
+        ids, weights = torch.randint(0, 6, (5, 2), generator=generator), torch.rand(5, 2, generator=generator)
+        first = torch.randn(5, 8, generator=generator)
+        _, handle = dispatcher.dispatch(first, ids, weights, expand=expand)
+        other = torch.randn(5, 8, generator=generator)
+        fresh_rows, fresh = dispatcher.dispatch(other, ids, weights * 2, expand=expand)
+        calls.clear()
+        rows, again = dispatcher.dispatch(other, ids, weights * 2, expand=expand, handle=handle)
+        assert calls == ["dispatch"]
+        assert torch.equal(rows, fresh_rows) and torch.equal(again.topk_weights, fresh.topk_weights)
+        assert torch.equal(dispatcher.combine(rows, again), dispatcher.combine(fresh_rows, fresh))
+        with pytest.raises(ConfigError, match="another routing"):
+            dispatcher.dispatch(other, ids.flip(0) * 0, weights, expand=expand, handle=handle)
+        return len(calls)
+
+
+@pytest.mark.parametrize("expand", [True, False])
+def test_a_cached_handle_skips_the_counts_exchange(expand):
+    run_ranks(dispatches_again, 3, expand)
