@@ -19,7 +19,7 @@ import zmq
 
 from ..core.environment import is_loopback
 from ..core.errors import ConfigError, PeerLost, PeerTimeout
-from .transport import as_bytes
+from .quirks import as_bytes
 from .wire import pack, unpack
 
 PROTOCOL = 1

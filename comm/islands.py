@@ -15,8 +15,10 @@ import torch.distributed as dist
 
 from ..core import environment
 from .bridge import BridgeTransport
+from .quirks import can_reduce, dtype_name
 from .rendezvous import listen
 from .transport import LocalTransport, TorchTransport, Transport, deadline
+from .vendors import VENDORS, Vendor
 from .wire import all_gather_message
 
 
@@ -34,6 +36,14 @@ class Islands:
     def leaders(self) -> tuple[int, ...]:
         """The lowest rank of each island: it speaks for its island where one voice is enough."""
         return tuple(ranks[0] for ranks in self.ranks)
+
+
+EMULATED = " (emulated)"
+
+
+def vendor_of(kind: str) -> Vendor:
+    """The vendor whose library the ranks of an island speak, or stand in for."""
+    return VENDORS[kind.removesuffix(EMULATED)]
 
 
 def form_islands(kinds: Sequence[str]) -> Islands:
@@ -72,7 +82,9 @@ def join_islands(bridge: BridgeTransport, kinds: Sequence[str], deadline_s: floa
         world_size=len(mine),
         timeout=deadline(deadline_s),
     )
-    return CompositeTransport(bridge, TorchTransport(dist.group.WORLD, deadline_s, owns_default_group=True), islands)
+    kind = islands.kinds[islands.of(bridge.rank)]
+    native = TorchTransport(dist.group.WORLD, deadline_s, True, vendor_of(kind), emulated=kind.endswith(EMULATED))
+    return CompositeTransport(bridge, native, islands)
 
 
 class CompositeTransport:
@@ -118,6 +130,9 @@ class CompositeTransport:
 
     def all_reduce(self, tensor: torch.Tensor, phase: str, op: str = "sum") -> None:
         """Inside each island, then between the leaders in island order, then inside again: equal bits on all ranks."""
+        if not self._reduces_natively(tensor.dtype):
+            self._bridge.all_reduce(tensor, phase, op)  # some island's library has no such type: over host memory
+            return
         self._native.all_reduce(tensor, phase, op)
         leaders = self.islands.leaders()
         peers = [leader for leader in leaders if leader != self.rank] if self._leads else []
@@ -131,6 +146,10 @@ class CompositeTransport:
                 reduced = reduced + part
             tensor.copy_(reduced)
         self._native.broadcast(tensor, 0, phase)
+
+    def _reduces_natively(self, dtype: torch.dtype) -> bool:
+        """Whether every island's library reduces this dtype as it is; the same answer on all ranks."""
+        return all(can_reduce(vendor_of(kind), dtype_name(dtype)) for kind in self.islands.kinds)
 
     def all_gather(self, tensor: torch.Tensor, phase: str) -> torch.Tensor:
         out = tensor.new_empty((self.size, *tensor.shape))

@@ -13,7 +13,10 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from ..core import environment
 from ..core.errors import PeerLost, PeerTimeout
+from .quirks import as_bytes, exchange_rows, needs_largest, plan_reduction, reduce_in_place
+from .vendors import VENDORS, Vendor
 
 
 class Transport(Protocol):
@@ -92,16 +95,30 @@ class LocalTransport:
         pass
 
 
-_REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+_REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN, "avg": dist.ReduceOp.AVG}
 
 
 class TorchTransport:
-    """torch.distributed over one process group (gloo so far), which carries the deadline."""
+    """torch.distributed over one process group, which carries the deadline, within the limits of one vendor's library.
 
-    def __init__(self, group: Any, deadline_s: float, owns_default_group: bool) -> None:
+    vendor: whose documented limits are applied (comm/quirks.py): sizes padded, payloads as bytes, reductions in a
+    dtype that the library has. emulated: gloo on host memory stands in for that library.
+    """
+
+    def __init__(
+        self,
+        group: Any,
+        deadline_s: float,
+        owns_default_group: bool,
+        vendor: Vendor = VENDORS["cpu"],
+        emulated: bool = False,
+    ) -> None:
         self._group = group
         self._owns_default_group = owns_default_group
-        self.name = f"torch.distributed:{dist.get_backend(group)}"
+        self.vendor = vendor
+        self.name = f"torch.distributed:{dist.get_backend(group)}" + (
+            f" standing in for {vendor.collective_library.value} (emulated)" if emulated else ""
+        )
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self.deadline_s = deadline_s
@@ -109,20 +126,30 @@ class TorchTransport:
     def all_to_all_v(
         self, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str
     ) -> torch.Tensor:
-        recv = send.new_empty((sum(recv_counts), *send.shape[1:]))
-        # gloo knows few dtypes and no float8; bytes are all a row is here.
-        send_bytes, recv_bytes = as_bytes(send), as_bytes(recv)
-        self._run(
-            lambda: dist.all_to_all_single(
-                recv_bytes, send_bytes, list(recv_counts), list(send_counts), group=self._group
-            ),
-            phase,
-            f"sending {list(send_counts)} and expecting {list(recv_counts)} rows per rank",
-        )
-        return recv
+        row_bytes = as_bytes(send[:0]).shape[1]
+        largest = None
+        if needs_largest(self.vendor):  # one more exchange: no rank knows what two others send each other
+            agreed = torch.tensor([row_bytes * max(*send_counts, *recv_counts)], dtype=torch.int32)
+            self.all_reduce(agreed, f"{phase} (largest message)", "max")
+            largest = int(agreed)
+        detail = f"sending {list(send_counts)} and expecting {list(recv_counts)} rows per rank"
+
+        def call(received: torch.Tensor, sent: torch.Tensor, recv_splits: list[int], send_splits: list[int]) -> None:
+            self._run(
+                lambda: dist.all_to_all_single(received, sent, recv_splits, send_splits, group=self._group),
+                phase,
+                detail,
+            )
+
+        limit = environment.presized_all_to_all_bytes()
+        return exchange_rows(self.vendor, send, send_counts, recv_counts, call, largest, limit)
 
     def all_reduce(self, tensor: torch.Tensor, phase: str, op: str = "sum") -> None:
-        self._run(lambda: dist.all_reduce(tensor, _REDUCE_OPS[op], group=self._group), phase)
+        reduce_in_place(
+            tensor,
+            plan_reduction(self.vendor, tensor.dtype, op, self.size),
+            lambda work, name: self._run(lambda: dist.all_reduce(work, _REDUCE_OPS[name], group=self._group), phase),
+        )
 
     def all_gather(self, tensor: torch.Tensor, phase: str) -> torch.Tensor:
         out = tensor.new_empty((self.size, *tensor.shape))
@@ -157,19 +184,6 @@ class TorchTransport:
             operation()
         except RuntimeError as error:
             raise _translate(error, self, phase, detail) from error
-
-
-def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous tensor as uint8 [rows, bytes per row] (or [bytes]), sharing memory."""
-    if tensor.dim() <= 1:
-        return tensor.view(torch.uint8) if tensor.dim() else tensor.view(1).view(torch.uint8)
-    flat = tensor.view(tensor.shape[0], tensor[0].numel() if tensor.shape[0] else 0) if tensor.numel() else tensor
-    if not tensor.numel():
-        row_bytes = tensor.element_size()
-        for extent in tensor.shape[1:]:
-            row_bytes *= extent
-        return torch.empty((tensor.shape[0], row_bytes), dtype=torch.uint8)
-    return flat.view(torch.uint8)
 
 
 def _translate(error: RuntimeError, transport: Transport, phase: str, detail: str) -> Exception:

@@ -16,9 +16,11 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 
 from . import gradients, loading, saving
 from .checkpoint import CheckpointReader
+from .comm.detect import detect
 from .comm.dispatch import IDLE, Dispatcher, DispatchHandle
-from .comm.islands import CompositeTransport
+from .comm.islands import EMULATED, CompositeTransport
 from .comm.rendezvous import connect
+from .comm.vendors import VENDORS
 from .comm.wire import all_gather_message
 from .core import environment, native
 from .core.cluster import Cluster, load_cluster
@@ -283,6 +285,11 @@ class Runtime:
             lines.append(
                 f"view {self.view.number}: slots per rank {counts} for {self.view.placement.num_experts} experts"
             )
+        found = detect()
+        lines.append(f"vendor detected: {found.vendor} ({found.evidence})")
+        if found.vendor != "cpu":
+            lines.append("note: that device is not used yet; this rank computes on its CPU")
+        lines += [f"note: {note}" for note in found.notes]
         if isinstance(self.transport, CompositeTransport):
             lines += self.transport.describe()
             if any(kind.endswith(EMULATED) for kind in self.transport.islands.kinds):
@@ -339,9 +346,6 @@ class ExpertDispatcher:
         return self._dispatcher.combine(expert_out, handle)
 
 
-EMULATED = " (emulated)"
-
-
 def _island_kinds(cluster: Cluster | None, size: int) -> list[str]:
     """What makes ranks one island: their vendor, and whether it is emulated. "auto" is cpu until devices are detected.
 
@@ -350,6 +354,9 @@ def _island_kinds(cluster: Cluster | None, size: int) -> list[str]:
     if cluster is None:
         return ["cpu"] * size
     for node in cluster.nodes:
+        for name in (node.emulate, node.vendor):
+            if name not in (None, "auto", *VENDORS):
+                raise ConfigError(f"node {node.name}: no vendor is called {name!r}; known: {', '.join(VENDORS)}")
         if not node.emulate and node.vendor not in ("auto", "cpu"):
             raise VendorUnavailable(
                 f'node {node.name}: vendor {node.vendor!r} cannot be used yet; set vendor = "cpu", or '

@@ -11,7 +11,7 @@ from test_families import SPLITS, check_rank, write_oracle
 
 import moe_runtime
 from moe_runtime.comm.islands import form_islands
-from moe_runtime.errors import VendorUnavailable
+from moe_runtime.errors import ConfigError, VendorUnavailable
 
 # Two ascend ranks that are not neighbours, one biren, one cpu; speeds give 16 experts as 5, 3, 3, 5.
 CLUSTER = """
@@ -84,7 +84,8 @@ def exchanges(cluster: str) -> str:
 
 
 def test_the_composite_passes_the_bridges_exchanges(cluster):
-    inside = ["torch.distributed:gloo", "local", "torch.distributed:gloo", "local"]
+    gloo = "torch.distributed:gloo standing in for HCCL (emulated)"
+    inside = [gloo, "local", gloo, "local"]
     assert run_ranks(exchanges, 4, cluster) == [f"islands ({name} inside, bridge:zeromq between)" for name in inside]
 
 
@@ -96,6 +97,42 @@ def goes_missing(cluster: str, how: str) -> str:
 def test_a_missing_rank_ends_the_wait(cluster, how):
     said = run_ranks(goes_missing, 4, cluster, how, expect_dead=(1,) if how == "dies" else ())
     assert said[0] in ("PeerLost", "PeerTimeout")
+
+
+# Each vendor with a limit of its own in all-to-all: even splits of 512 bytes, a buffer sized before start.
+LIMITED = """
+[[node]]
+name = "a"
+emulate = "biren"
+devices = 2
+[[node]]
+name = "b"
+emulate = "enflame"
+devices = 2
+"""
+
+
+def test_a_model_within_the_limits_of_biren_and_enflame_equals_one_process(tmp_path):
+    (tmp_path / "cluster.toml").write_text(LIMITED)
+    write_oracle(tmp_path, "deepseek_v3")
+    settings = {"cluster": str(tmp_path / "cluster.toml")}
+    run_ranks(check_rank, 4, tmp_path, SPLITS[4], settings, env={"ECCL_ALLTOALLV_MAXSIZE": str(1 << 20)})
+
+
+def exceeds_the_buffer(cluster: str) -> str:
+    with moe_runtime.init({"cluster": cluster, "timeout_s": 5}) as runtime:
+        if runtime.rank < 2:
+            return ""
+        with pytest.raises(ConfigError) as caught:
+            runtime.transport._native.all_to_all_v(torch.zeros(2, 300), [1, 1], [1, 1], "test")
+        return str(caught.value)
+
+
+def test_a_message_larger_than_enflames_buffer_names_the_variable_to_set(tmp_path):
+    (tmp_path / "cluster.toml").write_text(LIMITED)
+    cluster = str(tmp_path / "cluster.toml")
+    said = run_ranks(exceeds_the_buffer, 4, cluster, env={"ECCL_ALLTOALLV_MAXSIZE": "1000"})
+    assert "2400 bytes" in said[2] and "set ECCL_ALLTOALLV_MAXSIZE" in said[2]
 
 
 def refuses(cluster: str) -> str:

@@ -155,6 +155,11 @@ def keep_gloo_on_loopback() -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
+def presized_all_to_all_bytes() -> int | None:
+    """The size of Enflame's buffer for uneven all-to-all (ECCL_ALLTOALLV_MAXSIZE), or None where it is not set."""
+    return _integer(os.environ, "ECCL_ALLTOALLV_MAXSIZE", -1) if "ECCL_ALLTOALLV_MAXSIZE" in os.environ else None
+
+
 def is_loopback(address: str) -> bool:
     """Whether a host name or address stands for this machine's loopback interface."""
     if address in ("localhost", "::1"):
