@@ -13,11 +13,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from ..core import environment
 from .bridge import BridgeTransport
+from .group import join_group, listen
 from .quirks import can_reduce, dtype_name
-from .rendezvous import listen
-from .transport import LocalTransport, TorchTransport, Transport, deadline
+from .transport import LocalTransport, TorchTransport, Transport
 from .vendors import VENDORS, Vendor
 from .wire import all_gather_message
 
@@ -64,24 +63,7 @@ def join_islands(bridge: BridgeTransport, kinds: Sequence[str], deadline_s: floa
     if len(mine) == 1:
         return CompositeTransport(bridge, LocalTransport(deadline_s), islands)
     address, port = endpoints[mine[0]].split()
-    if environment.is_loopback(address):
-        environment.keep_gloo_on_loopback()
-    store = dist.TCPStore(
-        address,
-        int(port),
-        len(mine),
-        is_master=listener is not None,
-        timeout=deadline(deadline_s),
-        wait_for_workers=False,
-        master_listen_fd=listener.detach() if listener is not None else None,
-    )
-    dist.init_process_group(
-        "gloo",
-        store=dist.PrefixStore("moe_runtime_island", store),
-        rank=mine.index(bridge.rank),
-        world_size=len(mine),
-        timeout=deadline(deadline_s),
-    )
+    join_group(address, int(port), listener, mine.index(bridge.rank), len(mine), deadline_s, "moe_runtime_island")
     kind = islands.kinds[islands.of(bridge.rank)]
     native = TorchTransport(dist.group.WORLD, deadline_s, True, vendor_of(kind), emulated=kind.endswith(EMULATED))
     return CompositeTransport(bridge, native, islands)

@@ -6,15 +6,16 @@ listens on the address the launcher named and on nothing else.
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
 
 from ..core import environment
-from ..core.errors import ConfigError, PeerTimeout
+from ..core.errors import ConfigError
 from . import bridge
+from .group import join_group, listen
+from .islands import join_islands
 from .transport import LocalTransport, TorchTransport, Transport, deadline
 
 
@@ -40,8 +41,6 @@ def connect(
         joined = bridge.meet(world.rank, world.size, world.master_addr, world.master_port, timeout_s, about or {})
         if kind == "zeromq":
             return joined
-        from .islands import join_islands
-
         return join_islands(joined, island_kinds or ["cpu"] * world.size, timeout_s)
     if dist.is_initialized():
         if dist.get_world_size() != world.size:
@@ -62,48 +61,5 @@ def connect(
             raise ConfigError("no MASTER_ADDR and MASTER_PORT: start with moe-launch, torchrun or mpirun")
         address, port = world.master_addr, world.master_port
         listener = listen(address, port) if world.rank == 0 and not world.agent_store else None
-    if environment.is_loopback(address):
-        environment.keep_gloo_on_loopback()
-    try:
-        store = dist.TCPStore(
-            address,
-            port,
-            world.size,
-            is_master=listener is not None,
-            timeout=deadline(timeout_s),
-            wait_for_workers=False,
-            master_listen_fd=listener.detach() if listener is not None else None,
-        )
-        dist.init_process_group(
-            "gloo",
-            store=dist.PrefixStore("moe_runtime", store),
-            rank=world.rank,
-            world_size=world.size,
-            timeout=deadline(timeout_s),
-        )
-    except (dist.DistStoreError, dist.DistNetworkError, TimeoutError) as error:
-        others = tuple(rank for rank in range(world.size) if rank != world.rank)
-        raise PeerTimeout(
-            f"rank {world.rank}, phase rendezvous: not all of {world.size} ranks met at {address}:{port} "
-            f"within {timeout_s:g} s ({error})",
-            waiting_rank=world.rank,
-            ranks=others,
-            phase="rendezvous",
-        ) from error
+    join_group(address, port, listener, world.rank, world.size, timeout_s, "moe_runtime")
     return TorchTransport(dist.group.WORLD, timeout_s, owns_default_group=True)
-
-
-def listen(address: str, port: int) -> socket.socket:
-    """A listening socket on exactly this address. torch's own TCPStore would listen on every interface."""
-    try:
-        family, _, _, _, sockaddr = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(sockaddr)
-        listener.listen(1024)
-        return listener
-    except OSError as error:
-        raise ConfigError(
-            f"rank 0 cannot listen at {address}:{port} ({error.strerror or error}); "
-            "give another --master-port, or check that --master-addr is an address of this machine"
-        ) from error
