@@ -20,6 +20,7 @@ import zmq
 from ..core.environment import is_loopback
 from ..core.errors import ConfigError, PeerLost, PeerTimeout
 from .quirks import as_bytes
+from .transport import check_counts, check_peer, describe_counts, reduce_in_rank_order
 from .wire import pack, unpack
 
 PROTOCOL = 1
@@ -90,22 +91,17 @@ class BridgeTransport:
     def all_to_all_v(
         self, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str
     ) -> torch.Tensor:
+        check_counts(self, send, send_counts, recv_counts, phase)
         recv = send.new_empty((sum(recv_counts), *send.shape[1:]))
         outgoing, incoming = list(send.split(list(send_counts))), list(recv.split(list(recv_counts)))
         incoming[self.rank].copy_(outgoing[self.rank])
-        detail = f"sending {list(send_counts)} and expecting {list(recv_counts)} rows per rank"
+        detail = describe_counts(send_counts, recv_counts)
         self._exchange(outgoing, incoming, phase, detail)
         return recv
 
     def all_reduce(self, tensor: torch.Tensor, phase: str, op: str = "sum") -> None:
         # Everyone adds up everyone's values in rank order: the same bits on all ranks. Few ranks meet on a bridge.
-        everyone = self.all_gather(tensor, phase)
-        if op == "sum":
-            tensor.copy_(everyone[0])
-            for other in everyone[1:]:
-                tensor.add_(other)
-        else:
-            tensor.copy_(everyone.amax(0) if op == "max" else everyone.amin(0))
+        tensor.copy_(reduce_in_rank_order(list(self.all_gather(tensor, phase)), op))
 
     def all_gather(self, tensor: torch.Tensor, phase: str) -> torch.Tensor:
         out = tensor.new_empty((self.size, *tensor.shape))
@@ -120,13 +116,13 @@ class BridgeTransport:
         self._exchange(mine, theirs, phase)
 
     def send(self, tensor: torch.Tensor, to: int, phase: str) -> None:
-        self._check_peer(to, phase)
+        check_peer(self, to, phase)
         self._pair_operations[self.rank, to] += 1
         trackers = self._post(to, ("pair", self._pair_operations[self.rank, to]), tensor, phase)
         self._finish_sending(trackers, phase, (to,))
 
     def recv(self, tensor: torch.Tensor, source: int, phase: str) -> None:
-        self._check_peer(source, phase)
+        check_peer(self, source, phase)
         self._pair_operations[source, self.rank] += 1
         self._collect(("pair", self._pair_operations[source, self.rank]), {source: tensor}, phase, "")
 
@@ -269,10 +265,6 @@ class BridgeTransport:
                     ranks=peers,
                     phase=phase,
                 ) from None
-
-    def _check_peer(self, peer: int, phase: str) -> None:
-        if peer not in self._out:
-            raise ValueError(f"{phase}: rank {peer} is not another rank of this world of {self.size}")
 
     def _lost(self, peer: int, phase: str) -> PeerLost:
         return PeerLost(

@@ -24,15 +24,7 @@ def join_group(
     if environment.is_loopback(address):
         environment.keep_gloo_on_loopback()
     try:
-        store = dist.TCPStore(
-            address,
-            port,
-            size,
-            is_master=listener is not None,
-            timeout=deadline(timeout_s),
-            wait_for_workers=False,
-            master_listen_fd=listener.detach() if listener is not None else None,
-        )
+        store = open_store(address, port, listener, size, timeout_s)
         dist.init_process_group(
             "gloo",
             store=dist.PrefixStore(name, store),
@@ -48,6 +40,19 @@ def join_group(
             ranks=tuple(other for other in range(size) if other != rank),
             phase="rendezvous",
         ) from error
+
+
+def open_store(address: str, port: int, listener: socket.socket | None, size: int, timeout_s: float) -> dist.TCPStore:
+    """torch's key-value store at address:port, served by the rank that has `listener`."""
+    return dist.TCPStore(
+        address,
+        port,
+        size,
+        is_master=listener is not None,
+        timeout=deadline(timeout_s),
+        wait_for_workers=False,
+        master_listen_fd=listener.detach() if listener is not None else None,
+    )
 
 
 def listen(address: str, port: int) -> socket.socket:

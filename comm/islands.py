@@ -16,7 +16,7 @@ import torch.distributed as dist
 from .bridge import BridgeTransport
 from .group import join_group, listen
 from .quirks import can_reduce, dtype_name
-from .transport import LocalTransport, TorchTransport, Transport
+from .transport import LocalTransport, TorchTransport, Transport, describe_counts, reduce_in_rank_order
 from .vendors import VENDORS, Vendor
 from .wire import all_gather_message
 
@@ -95,7 +95,7 @@ class CompositeTransport:
     ) -> torch.Tensor:
         recv = send.new_empty((sum(recv_counts), *send.shape[1:]))
         outgoing, incoming = send.split(list(send_counts)), recv.split(list(recv_counts))
-        detail = f"sending {list(send_counts)} and expecting {list(recv_counts)} rows per rank"
+        detail = describe_counts(send_counts, recv_counts)
         finish = self._bridge.start({peer: outgoing[peer] for peer in self._others}, phase)
         inside = self._native.all_to_all_v(
             torch.cat([outgoing[mate] for mate in self._mates]),
@@ -122,11 +122,7 @@ class CompositeTransport:
         self._bridge.start(dict.fromkeys(peers, tensor), phase)(parts)
         if self._leads:
             parts[self.rank] = tensor.clone()
-            stacked = torch.stack([parts[leader] for leader in leaders])
-            reduced = stacked.amax(0) if op == "max" else stacked.amin(0) if op == "min" else stacked[0]
-            for part in stacked[1:] if op == "sum" else ():
-                reduced = reduced + part
-            tensor.copy_(reduced)
+            tensor.copy_(reduce_in_rank_order([parts[leader] for leader in leaders], op))
         self._native.broadcast(tensor, 0, phase)
 
     def _reduces_natively(self, dtype: torch.dtype) -> bool:

@@ -6,6 +6,7 @@ listens on the address the launcher named and on nothing else.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,9 +14,10 @@ import torch.distributed as dist
 
 from ..core import environment
 from ..core.errors import ConfigError
-from . import bridge
-from .group import join_group, listen
+from . import bridge, mpi
+from .group import join_group, listen, open_store
 from .islands import join_islands
+from .shm import SharedMemoryTransport
 from .transport import LocalTransport, TorchTransport, Transport, deadline
 
 
@@ -28,9 +30,9 @@ def connect(
 ) -> Transport:
     """The transport of this rank's world. Every rank calls it; it returns when all have come.
 
-    kind: "gloo", "zeromq", "islands", or "auto" (gloo). about: what must be equal on all ranks that meet over ZeroMQ
-    (versions, hashes); torch.distributed has no such check, and the dispatcher's own comes later. island_kinds [R]:
-    what makes ranks one island.
+    kind: "gloo", "shm", "mpi", "zeromq", "islands", or "auto" (gloo). about: what must be equal on all ranks that meet
+    over ZeroMQ (versions, hashes); torch.distributed has no such check, and the dispatcher's own comes later.
+    island_kinds [R]: what makes ranks one island.
 
     If the caller has initialised torch.distributed already, its default group is used and left open on close.
     Raises PeerTimeout when some rank has not come within `timeout_s`, ConfigError when the address cannot be used.
@@ -42,6 +44,14 @@ def connect(
         if kind == "zeromq":
             return joined
         return join_islands(joined, island_kinds or ["cpu"] * world.size, timeout_s)
+    if kind == "mpi" and world.size > 1:
+        if world.launcher != "mpi":
+            raise ConfigError("transport mpi: MPI has not started these ranks; start them with mpirun")
+        return mpi.connect(timeout_s)
+    if kind == "shm" and world.size > 1:
+        if world.local_size != world.size:
+            raise ConfigError(f"transport shm is for one machine; here are {world.local_size} of {world.size} ranks")
+        return SharedMemoryTransport(_store(world, timeout_s), world.rank, world.size, timeout_s)
     if dist.is_initialized():
         if dist.get_world_size() != world.size:
             raise ConfigError(
@@ -52,14 +62,21 @@ def connect(
         )
     if world.size == 1:
         return LocalTransport(timeout_s)
-    if world.launcher == "mpi" and world.master_addr is None:
-        from . import mpi
-
-        address, port, listener = mpi.agree_on_endpoint(world.rank, world.local_size == world.size)
-    else:
-        if world.master_addr is None or world.master_port is None:
-            raise ConfigError("no MASTER_ADDR and MASTER_PORT: start with moe-launch, torchrun or mpirun")
-        address, port = world.master_addr, world.master_port
-        listener = listen(address, port) if world.rank == 0 and not world.agent_store else None
+    address, port, listener = _endpoint(world)
     join_group(address, port, listener, world.rank, world.size, timeout_s, "moe_runtime")
     return TorchTransport(dist.group.WORLD, timeout_s, owns_default_group=True)
+
+
+def _store(world: environment.WorldEnvironment, timeout_s: float) -> dist.Store:
+    address, port, listener = _endpoint(world)
+    return dist.PrefixStore("moe_runtime_shm", open_store(address, port, listener, world.size, timeout_s))
+
+
+def _endpoint(world: environment.WorldEnvironment) -> tuple[str, int, socket.socket | None]:
+    """Where the ranks meet, and rank 0's listening socket where no launcher's agent serves there already."""
+    if world.launcher == "mpi" and world.master_addr is None:
+        return mpi.agree_on_endpoint(world.rank, world.local_size == world.size)
+    if world.master_addr is None or world.master_port is None:
+        raise ConfigError("no MASTER_ADDR and MASTER_PORT: start with moe-launch, torchrun or mpirun")
+    serves = world.rank == 0 and not world.agent_store
+    return world.master_addr, world.master_port, listen(world.master_addr, world.master_port) if serves else None

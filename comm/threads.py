@@ -16,8 +16,7 @@ from typing import Any
 import torch
 
 from ..core.errors import ConfigError, MoeRuntimeError, PeerLost, PeerTimeout
-
-_COMBINE = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
+from .transport import check_counts, check_peer, describe_counts, reduce_in_rank_order
 
 
 class ThreadWorld:
@@ -120,6 +119,8 @@ class ThreadTransport:
         self._check_open(phase)
         check_peer(self, to, phase)
         with self._world.changed:
+            if (why := self._world.gone[to]) is not None:
+                raise PeerLost(f"rank {self.rank}, phase {phase}: rank {to} {why}", rank=to, phase=phase)
             self._world.mail.setdefault((self.rank, to), deque()).append(tensor.detach().clone())
             self._world.changed.notify_all()
 
@@ -163,6 +164,7 @@ class ThreadTransport:
                 self._arrive()
         with world.changed:
             self._wait(self._missing, phase, detail)
+            world.posted[self.rank] = None  # all have read it: do not keep it alive
 
     def _arrive(self) -> None:
         self._meeting += 1
@@ -202,35 +204,3 @@ class ThreadTransport:
     def _check_open(self, phase: str) -> None:
         if self._closed:
             raise RuntimeError(f"{phase}: the transport is closed")
-
-
-def reduce_in_rank_order(parts: Sequence[torch.Tensor], op: str) -> torch.Tensor:
-    """A new tensor: parts[0] op parts[1] op ..., in this order; 16-bit floats are accumulated in float32."""
-    if op not in _COMBINE:
-        raise ConfigError(f"all_reduce: op must be one of {', '.join(_COMBINE)}, got {op!r}")
-    dtype = parts[0].dtype
-    wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-    total = parts[0].to(wide, copy=True)
-    for part in parts[1:]:
-        _COMBINE[op](total, part.to(wide), out=total)
-    return total.to(dtype)
-
-
-def check_counts(
-    transport: Any, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str
-) -> None:
-    """Raise ConfigError for counts that cannot belong to this world or to `send`."""
-    for name, counts in (("send", send_counts), ("receive", recv_counts)):
-        if len(counts) != transport.size or min(counts) < 0:
-            raise ConfigError(f"{phase}: {name} counts must be {transport.size} numbers >= 0, got {list(counts)}")
-    if sum(send_counts) != send.shape[0]:
-        raise ConfigError(f"{phase}: send counts {list(send_counts)} do not add up to {send.shape[0]} rows")
-
-
-def check_peer(transport: Any, peer: int, phase: str) -> None:
-    if not 0 <= peer < transport.size or peer == transport.rank:
-        raise ConfigError(f"{phase}: rank {transport.rank} of {transport.size} has no peer {peer}")
-
-
-def describe_counts(send_counts: Sequence[int], recv_counts: Sequence[int]) -> str:
-    return f"sending {list(send_counts)} and expecting {list(recv_counts)} rows per rank"

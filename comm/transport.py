@@ -6,7 +6,7 @@ error can say what this rank was doing; every wait ends at the transport's deadl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ..core import environment
-from ..core.errors import PeerLost, PeerTimeout
+from ..core.errors import ConfigError, PeerLost, PeerTimeout
 from .quirks import as_bytes, exchange_rows, needs_largest, plan_reduction, reduce_in_place
 from .vendors import VENDORS, Vendor
 
@@ -132,7 +132,7 @@ class TorchTransport:
             agreed = torch.tensor([row_bytes * max(*send_counts, *recv_counts)], dtype=torch.int32)
             self.all_reduce(agreed, f"{phase} (largest message)", "max")
             largest = int(agreed)
-        detail = f"sending {list(send_counts)} and expecting {list(recv_counts)} rows per rank"
+        detail = describe_counts(send_counts, recv_counts)
 
         def call(received: torch.Tensor, sent: torch.Tensor, recv_splits: list[int], send_splits: list[int]) -> None:
             self._run(
@@ -213,3 +213,38 @@ def _translate(error: RuntimeError, transport: Transport, phase: str, detail: st
 
 def deadline(seconds: float) -> timedelta:
     return timedelta(seconds=seconds)
+
+
+_COMBINE: dict[str, Callable[..., torch.Tensor]] = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
+
+
+def reduce_in_rank_order(parts: Sequence[torch.Tensor], op: str) -> torch.Tensor:
+    """A new tensor: parts[0] op parts[1] op ..., in this order; 16-bit floats are accumulated in float32."""
+    if op not in _COMBINE:
+        raise ConfigError(f"all_reduce: op must be one of {', '.join(_COMBINE)}, got {op!r}")
+    dtype = parts[0].dtype
+    wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+    total = parts[0].to(wide, copy=True)
+    for part in parts[1:]:
+        _COMBINE[op](total, part.to(wide), out=total)
+    return total.to(dtype)
+
+
+def check_counts(
+    transport: Any, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str
+) -> None:
+    """Raise ConfigError for counts that cannot belong to this world or to `send`."""
+    for name, counts in (("send", send_counts), ("receive", recv_counts)):
+        if len(counts) != transport.size or min(counts) < 0:
+            raise ConfigError(f"{phase}: {name} counts must be {transport.size} numbers >= 0, got {list(counts)}")
+    if sum(send_counts) != send.shape[0]:
+        raise ConfigError(f"{phase}: send counts {list(send_counts)} do not add up to {send.shape[0]} rows")
+
+
+def check_peer(transport: Any, peer: int, phase: str) -> None:
+    if not 0 <= peer < transport.size or peer == transport.rank:
+        raise ConfigError(f"{phase}: rank {transport.rank} of {transport.size} has no peer {peer}")
+
+
+def describe_counts(send_counts: Sequence[int], recv_counts: Sequence[int]) -> str:
+    return f"sending {list(send_counts)} and expecting {list(recv_counts)} rows per rank"

@@ -18,10 +18,11 @@ from moe_runtime.errors import ConfigError, PeerLost, PeerTimeout
 ZEROMQ = {"transport": "zeromq", "timeout_s": 20}
 
 
+@pytest.mark.parametrize("transport", ["zeromq", "shm"])
 @pytest.mark.parametrize("size", [2, 3])
-def test_a_model_over_the_bridge_equals_one_process(tmp_path, size):
+def test_a_model_over_another_transport_equals_one_process(tmp_path, size, transport):
     write_oracle(tmp_path, "deepseek_v3")
-    run_ranks(check_rank, size, tmp_path, SPLITS[size], {"transport": "zeromq"})
+    run_ranks(check_rank, size, tmp_path, SPLITS[size], {"transport": transport})
 
 
 def exchanges() -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from .errors import ConfigError
 
 KERNELS = ("auto", "grouped", "transformers")
-TRANSPORTS = ("auto", "gloo", "zeromq", "islands")
+TRANSPORTS = ("auto", "gloo", "shm", "mpi", "zeromq", "islands")
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class RuntimeConfig:
     cluster: path of a cluster file; its nodes' speeds decide how many experts each rank holds. None: equal shares.
     timeout_s: deadline of every wait for another rank, in seconds.
     device: "cpu" (others come with the vendor table).
-    transport: "gloo" (one torch.distributed group), "zeromq" (no torch.distributed: for nodes whose torch differs),
-        "islands" (a group inside each vendor's island, ZeroMQ between them), or "auto": islands where the cluster
-        file names more than one vendor, else gloo.
+    transport: "gloo" (one torch.distributed group), "shm" (shared memory of one machine), "mpi" (under mpirun),
+        "zeromq" (no torch.distributed: for nodes whose torch differs), "islands" (a group inside each vendor's island,
+        ZeroMQ between them), or "auto": islands where the cluster file names more than one vendor, else gloo.
     per_expert_sums: send one row per (token, expert) home instead of one partial sum per (token, rank). Slower, but
         the result then does not depend on the placement, to the last bit.
     expert_kernel: "grouped" (ours), "transformers" (its registered experts function), or "auto" (ours on CPU).
