@@ -51,7 +51,10 @@ def connect(
     if kind == "shm" and world.size > 1:
         if world.local_size != world.size:
             raise ConfigError(f"transport shm is for one machine; here are {world.local_size} of {world.size} ranks")
-        return SharedMemoryTransport(_store(world, timeout_s), world.rank, world.size, timeout_s)
+        store = _store(world, timeout_s)
+        shared = SharedMemoryTransport(store, world.rank, world.size, timeout_s)
+        shared.barrier("rendezvous")  # rank 0 serves the store: it must not let go before all have read from it
+        return shared
     if dist.is_initialized():
         if dist.get_world_size() != world.size:
             raise ConfigError(
