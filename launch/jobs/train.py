@@ -121,8 +121,9 @@ def train(config: TrainConfig, base: Path, runtime: moe_runtime.Runtime) -> list
         losses.append(train_step(runtime, model, optimizer, ids, config))
         log.step(step, losses[-1], model)
     model.eval()
-    runtime.save_model(model, base / config.output, tokenizer=byte_tokenizer())
-    log.saved(base / config.output)
+    folder = (base / config.output).resolve()
+    runtime.save_model(model, folder, tokenizer=byte_tokenizer())
+    log.saved(folder)
     return losses
 
 
