@@ -19,8 +19,7 @@ import zmq
 
 from ..core.environment import is_loopback
 from ..core.errors import ConfigError, PeerLost, PeerTimeout
-from .quirks import as_bytes
-from .transport import check_counts, check_peer, describe_counts, reduce_in_rank_order
+from .transport import byte_view, check_counts, check_peer, describe_counts, reduce_in_rank_order
 from .wire import pack, unpack
 
 PROTOCOL = 1
@@ -172,7 +171,7 @@ class BridgeTransport:
         """Queue a tensor's bytes for a peer, chunk by chunk and without a copy; returns what says when they left."""
         if peer in self._gone:
             raise self._lost(peer, phase)
-        payload = as_bytes(tensor.detach().contiguous()).reshape(-1).numpy()
+        payload = byte_view(tensor.contiguous())
         chunks = max(1, math.ceil(len(payload) / CHUNK_BYTES))
         trackers = []
         for number in range(chunks):
@@ -187,7 +186,7 @@ class BridgeTransport:
 
     def _collect(self, operation: Any, incoming: dict[int, torch.Tensor], phase: str, detail: str) -> None:
         """Fill every tensor from its source, in whatever order chunks arrive."""
-        views = {peer: as_bytes(tensor).reshape(-1).numpy() for peer, tensor in incoming.items()}
+        views = {peer: byte_view(tensor) for peer, tensor in incoming.items()}
         missing = {peer: max(1, math.ceil(len(view) / CHUNK_BYTES)) for peer, view in views.items()}
         ends = time.monotonic() + self.deadline_s
         while missing:

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from ..core.errors import ConfigError, MoeRuntimeError, PeerLost, PeerTimeout, VendorUnavailable
-from .quirks import as_bytes
-from .transport import check_counts, check_peer, describe_counts
+from .group import listen
+from .transport import byte_view, check_counts, check_peer, describe_counts
 
 _ROWS, _MESSAGE = 1, 2  # tags: rows of collectives, send and recv
 _PIECE_BYTES = 1 << 30  # MPI before version 4 counts in int32, and Open MPI 5 still does
@@ -68,8 +68,8 @@ class MpiTransport:
     ) -> torch.Tensor:
         check_counts(self, send, send_counts, recv_counts, phase)
         recv = send.new_empty((sum(recv_counts), *send.shape[1:]))
-        outgoing = [_buffer(part) for part in send.detach().split(list(send_counts))]
-        incoming = [_buffer(part) for part in recv.split(list(recv_counts))]
+        outgoing = [byte_view(part) for part in send.detach().split(list(send_counts))]
+        incoming = [byte_view(part) for part in recv.split(list(recv_counts))]
         self._exchange(outgoing, incoming, phase, describe_counts(send_counts, recv_counts))
         return recv
 
@@ -99,9 +99,9 @@ class MpiTransport:
 
     def all_gather(self, tensor: torch.Tensor, phase: str) -> torch.Tensor:
         out = tensor.new_empty((self.size, *tensor.shape))
-        mine = _buffer(tensor)
+        mine = byte_view(tensor)
         detail = f"all_gather of {tuple(tensor.shape)} {tensor.dtype}"
-        self._exchange([mine] * self.size, [_buffer(part) for part in out.unbind(0)], phase, detail)
+        self._exchange([mine] * self.size, [byte_view(part) for part in out.unbind(0)], phase, detail)
         return out
 
     def broadcast(self, tensor: torch.Tensor, root: int, phase: str) -> None:
@@ -110,7 +110,7 @@ class MpiTransport:
         self._start(
             lambda: [
                 _Pending(self._communicator.Ibcast([piece, self._mpi.BYTE], root), waits_for, piece.nbytes)
-                for piece in _pieces(_buffer(tensor), _PIECE_BYTES)
+                for piece in _pieces(byte_view(tensor), _PIECE_BYTES)
             ],
             phase,
             f"broadcast of {tuple(tensor.shape)} {tensor.dtype} from rank {root}",
@@ -120,13 +120,13 @@ class MpiTransport:
         check_peer(self, to, phase)
         self._check_usable(phase)
         detail = f"sending {tuple(tensor.shape)} {tensor.dtype} to rank {to}"
-        self._start(lambda: self._send(_buffer(tensor), to, _MESSAGE), phase, detail)
+        self._start(lambda: self._send(byte_view(tensor), to, _MESSAGE), phase, detail)
 
     def recv(self, tensor: torch.Tensor, source: int, phase: str) -> None:
         check_peer(self, source, phase)
         self._check_usable(phase)
         detail = f"receiving {tuple(tensor.shape)} {tensor.dtype} from rank {source}"
-        self._start(lambda: self._receive(_buffer(tensor), source, _MESSAGE), phase, detail)
+        self._start(lambda: self._receive(byte_view(tensor), source, _MESSAGE), phase, detail)
 
     def barrier(self, phase: str) -> None:
         self._check_usable(phase)
@@ -261,13 +261,6 @@ class _WrongSize(Exception):
     pass
 
 
-def _buffer(tensor: torch.Tensor) -> np.ndarray:
-    """The tensor's own bytes, 1-D. No copy: MPI reads and writes them in place."""
-    if not tensor.numel():  # an empty tensor may have strides that refuse another view
-        return np.empty(0, dtype=np.uint8)
-    return as_bytes(tensor.detach()).view(-1).numpy()
-
-
 def _pieces(values: np.ndarray, longest: int) -> list[np.ndarray]:
     return [values[first : first + longest] for first in range(0, max(len(values), 1), longest)]
 
@@ -312,9 +305,7 @@ def agree_on_endpoint(rank: int, one_machine: bool) -> tuple[str, int, socket.so
                 f"this host's name resolves to {address}, which other nodes cannot reach; "
                 "set MASTER_ADDR and MASTER_PORT for all ranks (mpirun -x MASTER_ADDR=... -x MASTER_PORT=...)"
             )
-        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        listener.bind((address, 0))
-        listener.listen(1024)
+        listener = listen(address, 0)
         text = f"{address} {listener.getsockname()[1]}".encode()
         message[: len(text)] = np.frombuffer(text, dtype=np.uint8)
     mpi.COMM_WORLD.Bcast(message, root=0)

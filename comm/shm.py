@@ -34,8 +34,7 @@ import torch
 import torch.distributed as dist
 
 from ..core.errors import ConfigError, MoeRuntimeError, PeerLost, PeerTimeout
-from .quirks import as_bytes
-from .transport import check_counts, check_peer, describe_counts, reduce_in_rank_order
+from .transport import byte_view, check_counts, check_peer, describe_counts, reduce_in_rank_order
 
 _WINDOW_BYTES = 32 << 20
 _CHUNKS = 2  # of each mailbox: one is filled while the other is emptied
@@ -82,8 +81,8 @@ class SharedMemoryTransport:
     ) -> torch.Tensor:
         check_counts(self, send, send_counts, recv_counts, phase)
         recv = send.new_empty((sum(recv_counts), *send.shape[1:]))
-        outgoing = [_buffer(part) for part in send.detach().split(list(send_counts))]
-        incoming = [_buffer(part) for part in recv.split(list(recv_counts))]
+        outgoing = [byte_view(part) for part in send.detach().split(list(send_counts))]
+        incoming = [byte_view(part) for part in recv.split(list(recv_counts))]
         self._exchange_all(outgoing, incoming, phase, describe_counts(send_counts, recv_counts))
         return recv
 
@@ -94,18 +93,18 @@ class SharedMemoryTransport:
         counts = [end - begin for begin, end in zip(bounds, bounds[1:], strict=False)]
         mine = counts[self.rank]
         parts = self.all_to_all_v(flat, counts, [mine] * self.size, phase).split([mine] * self.size)
-        reduced = _buffer(reduce_in_rank_order(parts, op))
-        results = [_buffer(part) for part in flat.split(counts)]
+        reduced = byte_view(reduce_in_rank_order(parts, op))
+        results = [byte_view(part) for part in flat.split(counts)]
         self._exchange_all([reduced] * self.size, results, phase, f"all_reduce of {len(flat)} {tensor.dtype}")
 
     def all_gather(self, tensor: torch.Tensor, phase: str) -> torch.Tensor:
         out = tensor.new_empty((self.size, *tensor.shape))
         detail = f"all_gather of {tuple(tensor.shape)} {tensor.dtype}"
-        self._exchange_all([_buffer(tensor)] * self.size, [_buffer(part) for part in out.unbind(0)], phase, detail)
+        self._exchange_all([byte_view(tensor)] * self.size, [byte_view(part) for part in out.unbind(0)], phase, detail)
         return out
 
     def broadcast(self, tensor: torch.Tensor, root: int, phase: str) -> None:
-        data, detail = _buffer(tensor), f"broadcast of {tuple(tensor.shape)} {tensor.dtype} from rank {root}"
+        data, detail = byte_view(tensor), f"broadcast of {tuple(tensor.shape)} {tensor.dtype} from rank {root}"
         if self.rank == root:
             self._exchange(dict.fromkeys(self._lanes, data), {}, phase, detail)
         else:
@@ -113,12 +112,12 @@ class SharedMemoryTransport:
 
     def send(self, tensor: torch.Tensor, to: int, phase: str) -> None:
         check_peer(self, to, phase)
-        self._exchange({to: _buffer(tensor)}, {}, phase, f"sending {tuple(tensor.shape)} {tensor.dtype} to rank {to}")
+        self._exchange({to: byte_view(tensor)}, {}, phase, f"sending {tuple(tensor.shape)} {tensor.dtype} to rank {to}")
 
     def recv(self, tensor: torch.Tensor, source: int, phase: str) -> None:
         check_peer(self, source, phase)
         detail = f"receiving {tuple(tensor.shape)} {tensor.dtype} from rank {source}"
-        self._exchange({}, {source: _buffer(tensor)}, phase, detail)
+        self._exchange({}, {source: byte_view(tensor)}, phase, detail)
 
     def barrier(self, phase: str) -> None:
         self._exchange_all([_EMPTY] * self.size, [_EMPTY] * self.size, phase, "")
@@ -388,10 +387,3 @@ def _call(name: bytes | str, peer: int, until: float) -> socket.socket:
 
 def _set_timeout(connection: socket.socket, until: float) -> None:
     connection.settimeout(max(until - time.monotonic(), 0.001))
-
-
-def _buffer(tensor: torch.Tensor) -> np.ndarray:
-    """The tensor's own bytes, 1-D, sharing memory."""
-    if not tensor.numel():  # an empty tensor may have strides that refuse another view
-        return np.empty(0, dtype=np.uint8)
-    return as_bytes(tensor.detach()).view(-1).numpy()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -228,6 +229,13 @@ def reduce_in_rank_order(parts: Sequence[torch.Tensor], op: str) -> torch.Tensor
     for part in parts[1:]:
         _COMBINE[op](total, part.to(wide), out=total)
     return total.to(dtype)
+
+
+def byte_view(tensor: torch.Tensor) -> np.ndarray:
+    """A contiguous CPU tensor's own bytes, 1-D uint8. No copy: what is written there is in the tensor."""
+    if not tensor.numel():  # an empty tensor may have strides that refuse another view
+        return np.empty(0, dtype=np.uint8)
+    return as_bytes(tensor.detach()).view(-1).numpy()
 
 
 def check_counts(

@@ -21,6 +21,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, bui
 
 from .checkpoint import CheckpointReader
 from .core.errors import CheckpointError, ConfigError
+from .experts.fp8 import BLOCK
 from .layer import experts_modules
 
 Progress = Callable[[int, int], None]
@@ -183,10 +184,10 @@ def _fill_experts(
         part[slot].copy_(value)
         del value
     if fp8:
-        needed = tuple(-(-extent // 128) for extent in part.shape[1:])
+        needed = tuple(-(-extent // BLOCK) for extent in part.shape[1:])
         # gate and up, joined along dimension 0: each must end where a block ends, or up's scales cover other rows.
         pieces = len(source.patterns(target))
-        if (pieces > 1 and part.shape[1] % (pieces * 128)) or any(tuple(scale.shape) != needed for scale in scales):
+        if (pieces > 1 and part.shape[1] % (pieces * BLOCK)) or any(tuple(scale.shape) != needed for scale in scales):
             raise ConfigError(
                 f"{target}: expert matrices of {list(part.shape[1:])} cannot stay in FP8 (their 128x128 blocks do not "
                 "line up once gate and up are joined); load without keeping FP8"

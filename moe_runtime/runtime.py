@@ -158,8 +158,7 @@ class Runtime:
             num_experts = {module.num_experts for module in modules.values()}
             if len(num_experts) > 1:
                 raise ConfigError(f"layers with different numbers of experts {sorted(num_experts)}: give a placement")
-            speeds = self._cluster.rank_speeds() if self._cluster else [1.0] * self.size
-            placement = proportional(len(modules), num_experts.pop(), speeds)
+            placement = proportional(len(modules), num_experts.pop(), self._rank_speeds())
         if placement.num_ranks != self.size:
             raise ConfigError(f"the placement is for {placement.num_ranks} ranks, the world has {self.size}")
         shard_experts(
@@ -172,6 +171,9 @@ class Runtime:
             join=self.join,
         )
         self.view = View(self.view.number + 1, self.view.ranks, placement)
+
+    def _rank_speeds(self) -> list[float]:
+        return self._cluster.rank_speeds() if self._cluster else [1.0] * self.size
 
     def _dispatcher(self, placement: Placement, hidden: int, top_k: int, dtype: torch.dtype) -> Dispatcher:
         key = (placement.digest(), hidden, top_k, dtype)
@@ -198,8 +200,7 @@ class Runtime:
     ) -> ExpertDispatcher:
         """Dispatch and combine for callers with their own experts, by expert ids. Every rank calls alike."""
         if placement is None:
-            speeds = self._cluster.rank_speeds() if self._cluster else [1.0] * self.size
-            placement = proportional(max(layer, 0) + 1, num_experts, speeds)
+            placement = proportional(max(layer, 0) + 1, num_experts, self._rank_speeds())
         for name, value in (("hidden_size", hidden_size), ("top_k", top_k), ("num_experts", num_experts)):
             if value < 1:
                 raise ConfigError(f"dispatcher: {name} must be at least 1, got {value}")

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import time
 import traceback
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import wait
 from typing import Any
+
+from moe_runtime.launch.machine import free_port
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "transformers", "moe_runtime.runtime", "preload"])
@@ -91,9 +92,3 @@ def _rank_main(connection: Any, variables: dict, function: Callable, args: tuple
         answer = ("raised", traceback.format_exc())
     connection.send(answer)
     connection.close()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
