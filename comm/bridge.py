@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,10 @@ import zmq
 
 from ..core.environment import is_loopback
 from ..core.errors import ConfigError, PeerLost, PeerTimeout
-from .transport import byte_view, check_counts, check_peer, describe_counts, reduce_in_rank_order
+from .pairwise import PairwiseTransport
+from .quirks import as_bytes
+from .staging import copy_in, host_chunks
+from .transport import Waits, check_peer
 from .wire import pack, unpack
 
 PROTOCOL = 1
@@ -53,8 +56,8 @@ def meet(
         raise
 
 
-class BridgeTransport:
-    """A Transport (comm/transport.py) over one ZeroMQ socket per peer.
+class BridgeTransport(PairwiseTransport):
+    """A Transport (comm/transport.py) over one ZeroMQ socket per peer; tensors of any device.
 
     Every operation has a number; ranks make the same calls in the same order, so numbers agree. What arrives early
     waits in `_arrived`, by operation and source.
@@ -63,7 +66,8 @@ class BridgeTransport:
     def __init__(
         self, context: zmq.Context, inbox: zmq.Socket, host: str, rank: int, endpoints: list[str], deadline_s: float
     ) -> None:
-        self.name, self.rank, self.size, self.deadline_s = "bridge:zeromq", rank, len(endpoints), deadline_s
+        super().__init__(rank, len(endpoints), deadline_s)
+        self.name = "bridge:zeromq"
         self.host = host  # the address of this rank that the others reach
         self._context, self._inbox = context, inbox
         self._operation = 0
@@ -85,48 +89,18 @@ class BridgeTransport:
             self._out[peer] = socket
         self.barrier("rendezvous")
 
-    # ---- the contract -------------------------------------------------------------------------------------------
-
-    def all_to_all_v(
-        self, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str
-    ) -> torch.Tensor:
-        check_counts(self, send, send_counts, recv_counts, phase)
-        recv = send.new_empty((sum(recv_counts), *send.shape[1:]))
-        outgoing, incoming = list(send.split(list(send_counts))), list(recv.split(list(recv_counts)))
-        incoming[self.rank].copy_(outgoing[self.rank])
-        detail = describe_counts(send_counts, recv_counts)
-        self._exchange(outgoing, incoming, phase, detail)
-        return recv
-
-    def all_reduce(self, tensor: torch.Tensor, phase: str, op: str = "sum") -> None:
-        # Everyone adds up everyone's values in rank order: the same bits on all ranks. Few ranks meet on a bridge.
-        tensor.copy_(reduce_in_rank_order(list(self.all_gather(tensor, phase)), op))
-
-    def all_gather(self, tensor: torch.Tensor, phase: str) -> torch.Tensor:
-        out = tensor.new_empty((self.size, *tensor.shape))
-        out[self.rank].copy_(tensor)
-        self._exchange([tensor.contiguous()] * self.size, list(out.unbind(0)), phase)
-        return out
-
-    def broadcast(self, tensor: torch.Tensor, root: int, phase: str) -> None:
-        nothing = tensor.new_empty(0)
-        mine = [tensor if self.rank == root else nothing] * self.size
-        theirs = [tensor if peer == root and self.rank != root else nothing for peer in range(self.size)]
-        self._exchange(mine, theirs, phase)
+    # ---- the contract, beside what PairwiseTransport makes of `start` -------------------------------------------
 
     def send(self, tensor: torch.Tensor, to: int, phase: str) -> None:
         check_peer(self, to, phase)
         self._pair_operations[self.rank, to] += 1
-        trackers = self._post(to, ("pair", self._pair_operations[self.rank, to]), tensor, phase)
+        trackers = self._post(to, ("pair", self._pair_operations[self.rank, to]), tensor.detach().contiguous(), phase)
         self._finish_sending(trackers, phase, (to,))
 
     def recv(self, tensor: torch.Tensor, source: int, phase: str) -> None:
         check_peer(self, source, phase)
         self._pair_operations[source, self.rank] += 1
-        self._collect(("pair", self._pair_operations[source, self.rank]), {source: tensor}, phase, "")
-
-    def barrier(self, phase: str) -> None:
-        self._exchange([torch.zeros(1)] * self.size, [torch.zeros(1) for _ in range(self.size)], phase)
+        self._collect(("pair", self._pair_operations[source, self.rank]), {source: tensor.detach()}, phase, "")
 
     def close(self) -> None:
         if self._context.closed:
@@ -141,19 +115,14 @@ class BridgeTransport:
 
     # ---- moving bytes -------------------------------------------------------------------------------------------
 
-    def _exchange(
-        self, outgoing: list[torch.Tensor], incoming: list[torch.Tensor], phase: str, detail: str = ""
-    ) -> None:
-        others = {peer: tensor for peer, tensor in enumerate(outgoing) if peer != self.rank}
-        finish = self.start(others, phase)
-        finish({peer: tensor for peer, tensor in enumerate(incoming) if peer != self.rank}, detail)
-
-    def start(self, outgoing: dict[int, torch.Tensor], phase: str) -> Callable[..., None]:
-        """Begin one exchange: queue outgoing[p] for each peer p. Every rank calls, also with nothing to send.
-
-        Returns finish(incoming, detail=""), which fills incoming[p] from each peer p that sends to this rank and then
-        waits until what was queued has left. Other work can be done in between.
-        """
+    def start(
+        self,
+        outgoing: Mapping[int, torch.Tensor],
+        incoming: Mapping[int, torch.Tensor],
+        phase: str,
+        detail: str = "",
+        waits: Waits | None = None,
+    ) -> Callable[[], None]:
         self._operation += 1
         operation, trackers = self._operation, []
         for step in range(1, self.size):  # each rank starts with its right-hand neighbour, to spread the load
@@ -161,34 +130,38 @@ class BridgeTransport:
             if peer in outgoing:
                 trackers += self._post(peer, operation, outgoing[peer], phase)
 
-        def finish(incoming: dict[int, torch.Tensor], detail: str = "") -> None:
-            self._collect(operation, incoming, phase, detail)
+        def finish() -> None:
+            self._collect(operation, incoming, phase, detail, waits)
             self._finish_sending(trackers, phase, tuple(outgoing))
 
         return finish
 
     def _post(self, peer: int, operation: Any, tensor: torch.Tensor, phase: str) -> list[zmq.MessageTracker]:
-        """Queue a tensor's bytes for a peer, chunk by chunk and without a copy; returns what says when they left."""
+        """Queue a contiguous tensor's bytes for a peer, chunk by chunk; returns what says when they left.
+
+        Host memory is sent from where it is. A device's chunk is copied out while the one before it is on its way.
+        """
+        self._check_open(phase)
         if peer in self._gone:
             raise self._lost(peer, phase)
-        payload = byte_view(tensor.contiguous())
-        chunks = max(1, math.ceil(len(payload) / CHUNK_BYTES))
+        payload = as_bytes(tensor).view(-1)
         trackers = []
-        for number in range(chunks):
-            part = payload[number * CHUNK_BYTES : (number + 1) * CHUNK_BYTES]
+        for number, part in enumerate(host_chunks(payload, CHUNK_BYTES)):
             header = pack([operation, len(payload), number])
             tracker = self._out[peer].send_multipart(
-                [header, part], copy=len(part) < 1 << 16, track=len(part) >= 1 << 16
+                [header, part.numpy()], copy=len(part) < 1 << 16, track=len(part) >= 1 << 16
             )
             if tracker is not None:
                 trackers.append(tracker)
         return trackers
 
-    def _collect(self, operation: Any, incoming: dict[int, torch.Tensor], phase: str, detail: str) -> None:
+    def _collect(
+        self, operation: Any, incoming: Mapping[int, torch.Tensor], phase: str, detail: str, waits: Waits | None = None
+    ) -> None:
         """Fill every tensor from its source, in whatever order chunks arrive."""
-        views = {peer: byte_view(tensor) for peer, tensor in incoming.items()}
+        views = {peer: as_bytes(tensor).view(-1) for peer, tensor in incoming.items()}
         missing = {peer: max(1, math.ceil(len(view) / CHUNK_BYTES)) for peer, view in views.items()}
-        ends = time.monotonic() + self.deadline_s
+        began = time.monotonic()
         while missing:
             for peer in list(missing):
                 waiting = self._arrived[operation, peer]
@@ -198,11 +171,13 @@ class BridgeTransport:
                     if missing[peer] == 0:
                         del missing[peer]
                         self._arrived.pop((operation, peer), None)
+                        if waits is not None:
+                            waits.add(peer, time.monotonic() - began)
             if not missing:
                 return
-            self._receive(ends, tuple(missing), phase, detail)
+            self._receive(began + self.deadline_s, tuple(missing), phase, detail)
 
-    def _copy_in(self, message: tuple[int, int, Any], view: Any, peer: int, phase: str) -> None:
+    def _copy_in(self, message: tuple[int, int, Any], view: torch.Tensor, peer: int, phase: str) -> None:
         total, number, part = message
         if total != len(view):
             raise PeerLost(
@@ -211,10 +186,13 @@ class BridgeTransport:
                 rank=peer,
                 phase=phase,
             )
-        view[number * CHUNK_BYTES : number * CHUNK_BYTES + len(part)] = memoryview(part)
+        if len(part):
+            chunk = torch.frombuffer(part, dtype=torch.uint8)
+            copy_in(chunk, view[number * CHUNK_BYTES : number * CHUNK_BYTES + len(chunk)])
 
     def _receive(self, ends: float, missing: tuple[int, ...], phase: str, detail: str) -> None:
         """Wait for any message; note who left. Raises when the deadline passes or a missing rank is gone."""
+        self._check_open(phase)
         for peer in missing:
             if peer in self._gone:
                 raise self._lost(peer, phase)
@@ -264,6 +242,10 @@ class BridgeTransport:
                     ranks=peers,
                     phase=phase,
                 ) from None
+
+    def _check_open(self, phase: str) -> None:
+        if self._context.closed:
+            raise RuntimeError(f"{phase}: the transport is closed")
 
     def _lost(self, peer: int, phase: str) -> PeerLost:
         return PeerLost(

@@ -6,6 +6,8 @@ backward pass of dispatch is a combine and the other way round. Vocabulary and t
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,18 +16,37 @@ from torch.autograd.function import once_differentiable
 
 from ..core.errors import ConfigError, MoeRuntimeError
 from .plan import DispatchPlan, ExpandPlan, plan_dispatch, plan_expand
-from .transport import Transport
+from .quirks import dtype_name
+from .rows import ALIGN, layout_of, pack, pack_gradients, unpack, unpack_gradients
+from .transport import Transport, once
 
 WORKING, IDLE = 1, 0
-_ALIGN = 16  # bytes; every part of a packed row starts on this boundary
 _HEADER = 3  # int64 words sent to each peer before rows: count, tag, state
 
 
 @dataclass
-class DispatchHandle:
-    """What dispatch leaves for the expert compute and for combine.
+class Route:
+    """Where this rank's rows go and whence others come; the same for every dispatch of one routing.
 
-    recv_counts: rows received from each rank. N = sum(recv_counts).
+    tokens [N_sent] int64 and slots [N_sent, K] int32 are the plan's arrays on the device of the rows.
+    """
+
+    plan: DispatchPlan
+    recv_counts: list[int]
+    states: list[int]
+    tokens: torch.Tensor
+    slots: torch.Tensor
+
+    @property
+    def send_counts(self) -> list[int]:
+        return self.plan.send_counts.tolist()
+
+
+@dataclass
+class DispatchHandle:
+    """What dispatch leaves for the expert compute and for combine. Index tensors are on the device of the rows.
+
+    route.recv_counts: rows received from each rank. N = their sum.
     topk_slots [N, K] int32: this rank's local slot for each of the row's K choices, -1 where the expert is elsewhere.
     topk_weights [N, K] float32: the routing weights, 0 where the expert is elsewhere; differentiable.
     rows_per_slot [S_local] int64: (row, choice) pairs of each local slot.
@@ -35,24 +56,34 @@ class DispatchHandle:
 
     num_tokens: int
     expand: bool
-    plan: DispatchPlan
-    recv_counts: list[int]
+    route: Route
     topk_slots: torch.Tensor
     topk_weights: torch.Tensor
-    rows_per_slot: np.ndarray
+    order: ExpandPlan
     row_index: torch.Tensor
     choice_index: torch.Tensor
     states: list[int]
     source_slots_TK: torch.Tensor
     source_weights_TK: torch.Tensor
     anchor: torch.Tensor = field(repr=False)
+    outer: DispatchHandle | None = None  # of the hop between nodes, where there were two (comm/nodes.py)
+
+    @property
+    def recv_counts(self) -> list[int]:
+        return self.route.recv_counts
+
+    @property
+    def rows_per_slot(self) -> np.ndarray:
+        return self.order.rows_per_slot
 
 
 class Dispatcher:
     """Dispatch and combine over one transport and one owner table (`slot_rank`).
 
-    Built once per shape and reused for every layer of that shape. `describe_check` is compared across ranks before
-    the first exchange.
+    Built once per shape and reused for every layer of that shape; shapes and formats are compared across ranks before
+    the first exchange. `device` is where rows live. formats[r][p]: the wire format between ranks r and p by name, for
+    rows on their way to experts (comm/formats.py); None sends them as they are. Results go home as they are. Gradients
+    of rows that were approximated on the wire are those of rows that were not.
     """
 
     def __init__(
@@ -65,14 +96,16 @@ class Dispatcher:
         top_k: int,
         dtype: torch.dtype,
         placement_digest: int,
+        device: torch.device | str = "cpu",
+        formats: Sequence[Sequence[str]] | None = None,
     ) -> None:
         self.transport = transport
         self.slot_rank = np.ascontiguousarray(slot_rank, dtype=np.int32)
-        self.hidden_size, self.top_k, self.dtype = hidden_size, top_k, dtype
+        self.hidden_size, self.top_k, self.dtype, self.device = hidden_size, top_k, dtype, torch.device(device)
         self.num_local_slots = int((self.slot_rank == transport.rank).sum())
-        self.first_slot = int(np.searchsorted(self.slot_rank, transport.rank))
-        self._weight_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        _check_ranks_agree(
+        own = dtype_name(dtype)
+        self.formats = [list(row) for row in formats] if formats else [[own] * transport.size] * transport.size
+        check_ranks_agree(
             transport,
             {
                 "num_experts": num_experts,
@@ -80,8 +113,18 @@ class Dispatcher:
                 "top_k": top_k,
                 "dtype": _DTYPE_CODES.index(str(dtype)) if str(dtype) in _DTYPE_CODES else -1,
                 "placement hash": placement_digest,
+                "wire formats (hash)": zlib.crc32(repr(self.formats).encode()),
             },
         )
+        self.exact_layout = layout_of(hidden_size, top_k, dtype, own)
+        self.layouts = [layout_of(hidden_size, top_k, dtype, wire) for wire in self.formats[transport.rank]]
+
+    def no_rows(self) -> torch.Tensor:
+        """[0, H] rows of this dispatcher: what a rank without tokens dispatches."""
+        return torch.empty(0, self.hidden_size, dtype=self.dtype, device=self.device)
+
+    def describe(self) -> str:
+        return "a token crosses to each rank once"
 
     def dispatch(
         self,
@@ -105,32 +148,52 @@ class Dispatcher:
         `handle.topk_weights`. expand=True: rows [M, H], one per (token, local slot), grouped by slot:
         `handle.rows_per_slot`.
         """
+        return self.start_dispatch(x_TH, slots_TK, weights_TK, expand=expand, tag=tag, state=state, handle=handle)()
+
+    def start_dispatch(
+        self,
+        x_TH: torch.Tensor,
+        slots_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+        *,
+        expand: bool = False,
+        tag: int = 0,
+        state: int = WORKING,
+        handle: DispatchHandle | None = None,
+    ) -> Callable[[], tuple[torch.Tensor, DispatchHandle]]:
+        """dispatch in two halves: this one exchanges counts and sends the rows on their way; the function that it
+        returns waits for them and gives what dispatch gives, once. Meanwhile the caller may compute, or start another.
+        """
         self.check(x_TH, slots_TK, weights_TK)
         if handle is None:
-            plan = plan_dispatch(slots_TK.detach().cpu().contiguous().numpy(), self.slot_rank, self.transport.size)
-            recv_counts, states = self._exchange_counts(plan, 2 * tag + int(expand), state)
+            route = self._plan(slots_TK, x_TH.device, 2 * tag + int(expand), state)
+        elif torch.equal(slots_TK, handle.source_slots_TK):
+            route = handle.route
         else:
-            if not torch.equal(slots_TK, handle.source_slots_TK):
-                raise ConfigError("dispatch: the handle belongs to another routing; leave it out")
-            plan, recv_counts, states = handle.plan, handle.recv_counts, handle.states
-        rows, topk_weights, topk_slots, anchor = _DispatchRows.apply(x_TH, weights_TK, self, plan, recv_counts)
-        order: ExpandPlan = plan_expand(topk_slots.numpy(), self.num_local_slots)
-        handle = DispatchHandle(
-            num_tokens=x_TH.shape[0],
-            expand=expand,
-            plan=plan,
-            recv_counts=recv_counts,
-            topk_slots=topk_slots,
-            topk_weights=topk_weights,
-            rows_per_slot=order.rows_per_slot,
-            row_index=torch.from_numpy(order.row_index),
-            choice_index=torch.from_numpy(order.k_index),
-            states=states,
-            source_slots_TK=slots_TK,
-            source_weights_TK=weights_TK,
-            anchor=anchor,
-        )
-        return (rows.index_select(0, handle.row_index) if expand else rows), handle
+            raise ConfigError("dispatch: the handle belongs to another routing; leave it out")
+        packed, send_units, recv_units = self._pack(x_TH, weights_TK, route)
+        finish = self.transport.start_all_to_all_v(packed, send_units, recv_units, "dispatch")
+
+        def wait() -> tuple[torch.Tensor, DispatchHandle]:
+            rows, topk_weights, topk_slots, anchor = _DispatchRows.apply(x_TH, weights_TK, self, route, finish)
+            order = plan_expand(topk_slots.cpu().numpy(), self.num_local_slots)
+            made = DispatchHandle(
+                num_tokens=x_TH.shape[0],
+                expand=expand,
+                route=route,
+                topk_slots=topk_slots,
+                topk_weights=topk_weights,
+                order=order,
+                row_index=torch.from_numpy(order.row_index).to(rows.device),
+                choice_index=torch.from_numpy(order.k_index).to(rows.device),
+                states=route.states,
+                source_slots_TK=slots_TK,
+                source_weights_TK=weights_TK,
+                anchor=anchor,
+            )
+            return (rows.index_select(0, made.row_index) if expand else rows), made
+
+        return once(wait, "dispatch")
 
     def combine(self, rows: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
         """Bring results home and sum them: y_TH [T, H] in the dtype of `rows`, accumulated in float32.
@@ -139,41 +202,94 @@ class Dispatcher:
         expand=True: `rows` [M, H] are unweighted expert outputs in dispatch's order; they come home one by one, are
         weighted there and summed in the order of the token's choices, so the result does not depend on the placement.
         """
-        expected = int(handle.rows_per_slot.sum()) if handle.expand else sum(handle.recv_counts)
-        if rows.shape != (expected, self.hidden_size):
-            raise ConfigError(
-                f"combine: expected rows of shape {(expected, self.hidden_size)}, got {tuple(rows.shape)}"
-            )
+        return self.start_combine(rows, handle)()
+
+    def start_combine(self, rows: torch.Tensor, handle: DispatchHandle) -> Callable[[], torch.Tensor]:
+        """combine in two halves, as start_dispatch: the function that it returns waits and gives y_TH, once."""
+        self.check_results(rows, handle)
         if handle.expand:
-            return self._combine_expanded(rows, handle)
+            return self._start_combine_expanded(rows, handle)
         # The anchor ties the result to dispatch on every rank: one whose slots got no row would otherwise have no
         # graph here, skip the backward exchange, and leave the others waiting.
-        home = _Exchange.apply(
-            rows, handle.anchor, self.transport, handle.recv_counts, handle.plan.send_counts.tolist(), "combine"
-        )
-        tokens = torch.from_numpy(handle.plan.send_tokens)
-        y = torch.zeros(handle.num_tokens, self.hidden_size, dtype=_accumulate_dtype(rows.dtype))
-        return y.index_add(0, tokens, home.to(y.dtype)).to(rows.dtype)
+        route = handle.route
+        bring_home = _start_exchange(rows, handle.anchor, self.transport, route.recv_counts, route.send_counts)
 
-    def _combine_expanded(self, rows: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
-        slots_NK = handle.topk_slots
+        def wait() -> torch.Tensor:
+            home = bring_home()
+            y = home.new_zeros(handle.num_tokens, self.hidden_size, dtype=_accumulate_dtype(rows.dtype))
+            return y.index_add(0, route.tokens, home.to(y.dtype)).to(rows.dtype)
+
+        return once(wait, "combine")
+
+    def _start_combine_expanded(self, rows: torch.Tensor, handle: DispatchHandle) -> Callable[[], torch.Tensor]:
         # Undo the grouping by slot: (row, choice) order is what the sender can reconstruct from its own plan.
-        position = torch.empty(len(handle.row_index), dtype=torch.int64)
-        row_major = handle.row_index * self.top_k + handle.choice_index
-        position[torch.argsort(row_major)] = torch.arange(len(row_major))
-        row_major_rows = torch.zeros_like(rows).index_copy(0, position, rows)
-        pairs_to = [int((part >= 0).sum()) for part in slots_NK.split(handle.recv_counts)]
-        mine_NK = torch.from_numpy(handle.plan.send_slots) >= 0
-        pairs_from = [int(part.sum()) for part in mine_NK.split(handle.plan.send_counts.tolist())]
-        home = _Exchange.apply(row_major_rows, handle.anchor, self.transport, pairs_to, pairs_from, "combine")
-        send_row, choice = mine_NK.nonzero(as_tuple=True)
-        token = torch.from_numpy(handle.plan.send_tokens)[send_row]
-        y = torch.zeros(handle.num_tokens, self.hidden_size, dtype=_accumulate_dtype(rows.dtype))
-        for k in range(self.top_k):  # in the order of the choices, whatever ranks the experts are on
-            pair = (choice == k).nonzero().view(-1)
-            weight = handle.source_weights_TK[token[pair], k].to(y.dtype)
-            y = y.index_add(0, token[pair], home[pair].to(y.dtype) * weight.unsqueeze(1))
-        return y.to(rows.dtype)
+        order, device = handle.order, rows.device
+        by_row = torch.from_numpy(np.argsort(order.row_index * self.top_k + order.k_index)).to(device)
+        send_row, choice = np.nonzero(handle.route.plan.send_slots >= 0)
+        pairs_to = _count_by_rank(order.row_index, handle.recv_counts)
+        pairs_from = _count_by_rank(send_row, handle.route.send_counts)
+        row_major = rows.index_select(0, by_row)
+        bring_home = _start_exchange(row_major, handle.anchor, self.transport, pairs_to, pairs_from)
+        token = handle.route.plan.send_tokens[send_row]
+
+        def wait() -> torch.Tensor:
+            home = bring_home()
+            y = home.new_zeros(handle.num_tokens, self.hidden_size, dtype=_accumulate_dtype(rows.dtype))
+            for k in range(self.top_k):  # in the order of the choices, whatever ranks the experts are on
+                pair = torch.from_numpy(np.flatnonzero(choice == k)).to(device)
+                tokens = torch.from_numpy(token[choice == k]).to(device)
+                weight = handle.source_weights_TK[tokens, k].to(y.dtype)
+                y = y.index_add(0, tokens, home[pair].to(y.dtype) * weight.unsqueeze(1))
+            return y.to(rows.dtype)
+
+        return once(wait, "combine")
+
+    def _plan(self, slots_TK: torch.Tensor, device: torch.device, tag: int, state: int) -> Route:
+        plan = plan_dispatch(slots_TK.detach().cpu().contiguous().numpy(), self.slot_rank, self.transport.size)
+        recv_counts, states = self._exchange_counts(plan, tag, state)
+        tokens, slots = (torch.from_numpy(array).to(device) for array in (plan.send_tokens, plan.send_slots))
+        return Route(plan, recv_counts, states, tokens, slots)
+
+    def _pack(
+        self, x_TH: torch.Tensor, weights_TK: torch.Tensor, route: Route
+    ) -> tuple[torch.Tensor, list[int], list[int]]:
+        """Rows for all ranks as bytes, and how many units go to and come from each: rows, or 16 bytes where formats
+        differ between peers.
+        """
+        if self._uniform:
+            packed = pack(x_TH, weights_TK, route.tokens, route.slots, self.layouts[0])
+            return packed, route.send_counts, route.recv_counts
+        counts = route.send_counts
+        parts = [
+            pack(x_TH, weights_TK, tokens, slots, layout).view(-1).view(len(tokens) * layout.row_bytes // ALIGN, ALIGN)
+            for tokens, slots, layout in zip(
+                route.tokens.split(counts), route.slots.split(counts), self.layouts, strict=True
+            )
+        ]
+        units = [layout.row_bytes // ALIGN for layout in self.layouts]
+        return (
+            torch.cat(parts),
+            [count * unit for count, unit in zip(counts, units, strict=True)],
+            [count * unit for count, unit in zip(route.recv_counts, units, strict=True)],
+        )
+
+    def _unpack(self, received: torch.Tensor, route: Route) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The inverse of _pack, for what came: (rows [N, H], weights [N, K], slots [N, K])."""
+        if self._uniform:
+            return unpack(received, self.layouts[0])
+        units = [
+            count * layout.row_bytes // ALIGN for count, layout in zip(route.recv_counts, self.layouts, strict=True)
+        ]
+        parts = [
+            unpack(part.reshape(count, layout.row_bytes), layout)
+            for part, count, layout in zip(received.split(units), route.recv_counts, self.layouts, strict=True)
+        ]
+        rows, weights, slots = (torch.cat(column) for column in zip(*parts, strict=True))
+        return rows, weights, slots
+
+    @property
+    def _uniform(self) -> bool:
+        return all(layout == self.layouts[0] for layout in self.layouts)
 
     def _exchange_counts(self, plan: DispatchPlan, tag: int, state: int) -> tuple[list[int], list[int]]:
         header = torch.empty(self.transport.size, _HEADER, dtype=torch.int64)
@@ -191,6 +307,14 @@ class Dispatcher:
                 )
         return counts, states
 
+    def check_results(self, rows: torch.Tensor, handle: DispatchHandle) -> None:
+        """Raise ConfigError for rows that combine cannot take."""
+        expected = int(handle.rows_per_slot.sum()) if handle.expand else sum(handle.recv_counts)
+        if rows.shape != (expected, self.hidden_size):
+            raise ConfigError(
+                f"combine: expected rows of shape {(expected, self.hidden_size)}, got {tuple(rows.shape)}"
+            )
+
     def check(self, x_TH: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
         """Raise ConfigError for tensors that cannot be dispatched."""
         if x_TH.dim() != 2 or x_TH.shape[1] != self.hidden_size or x_TH.dtype != self.dtype:
@@ -206,85 +330,61 @@ class Dispatcher:
         if slots_TK.is_floating_point() or slots_TK.is_complex() or slots_TK.dtype == torch.bool:
             raise ConfigError(f"dispatch: topk ids must be whole numbers, got {slots_TK.dtype}")
 
-    def _row_layout(self) -> tuple[int, int, int]:
-        """Bytes: start of weights, start of slots, length of a packed row (hidden values come first)."""
-        weights_at = _round_up(self.hidden_size * self.dtype.itemsize)
-        slots_at = weights_at + self.top_k * self._weight_dtype.itemsize
-        return weights_at, slots_at, _round_up(slots_at + self.top_k * 4)
-
 
 class _DispatchRows(torch.autograd.Function):
-    """Pack (hidden, weights, slots) of each unique (token, rank) into one row of bytes, and exchange the rows."""
+    """The rows of an exchange that has been started, and the way of their gradients home."""
 
     @staticmethod
-    def forward(ctx, x_TH, weights_TK, dispatcher, plan, recv_counts):
-        ctx.dispatcher, ctx.plan, ctx.recv_counts = dispatcher, plan, recv_counts
-        ctx.shapes = (x_TH.shape, weights_TK.shape, weights_TK.dtype)
-        weights_at, slots_at, row_bytes = dispatcher._row_layout()
-        tokens = torch.from_numpy(plan.send_tokens)
-        slots = torch.from_numpy(plan.send_slots)
-        packed = torch.empty(len(tokens), row_bytes, dtype=torch.uint8)
-        hidden, weights, slot_bytes = dispatcher_views(packed, dispatcher)
-        if len(tokens):
-            torch.index_select(x_TH.detach(), 0, tokens, out=hidden)
-            weights.copy_(weights_TK.detach().index_select(0, tokens).masked_fill(slots < 0, 0))
-            slot_bytes.copy_(slots)
-        received = dispatcher.transport.all_to_all_v(packed, plan.send_counts.tolist(), recv_counts, "dispatch")
-        rows, recv_weights, recv_slots = dispatcher_views(received, dispatcher)
-        recv_slots = recv_slots.contiguous()
+    def forward(ctx, x_TH, weights_TK, dispatcher, route, finish):
+        ctx.dispatcher, ctx.route = dispatcher, route
+        ctx.shapes = (x_TH.shape, weights_TK.shape, weights_TK.dtype, weights_TK.device)
+        rows, recv_weights, recv_slots = dispatcher._unpack(finish(), route)
         ctx.mark_non_differentiable(recv_slots)
-        return rows, recv_weights.contiguous(), recv_slots, torch.zeros(())
+        return rows, recv_weights, recv_slots, torch.zeros(())
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_rows, grad_weights, _grad_slots, _grad_anchor):
-        dispatcher, plan = ctx.dispatcher, ctx.plan
-        (x_shape, weights_shape, weights_dtype) = ctx.shapes
-        _, slots_at, _ = dispatcher._row_layout()
-        packed = torch.empty(grad_rows.shape[0], _round_up(slots_at), dtype=torch.uint8)
-        hidden, weights, _ = dispatcher_views(packed, dispatcher)
-        hidden.copy_(grad_rows)
-        weights.copy_(grad_weights)
-        home = dispatcher.transport.all_to_all_v(
-            packed, ctx.recv_counts, plan.send_counts.tolist(), "backward of dispatch"
-        )
-        hidden, weights, _ = dispatcher_views(home, dispatcher)
-        tokens = torch.from_numpy(plan.send_tokens)
-        elsewhere = torch.from_numpy(plan.send_slots) < 0
-        grad_x = torch.zeros(x_shape, dtype=_accumulate_dtype(hidden.dtype))
-        grad_x.index_add_(0, tokens, hidden.to(grad_x.dtype))
-        grad_w = torch.zeros(weights_shape, dtype=weights.dtype)
-        grad_w.index_add_(0, tokens, weights.masked_fill(elsewhere, 0))
-        return grad_x.to(hidden.dtype), grad_w.to(weights_dtype), None, None, None
+        dispatcher, route = ctx.dispatcher, ctx.route
+        x_shape, weights_shape, weights_dtype, weights_device = ctx.shapes
+        packed = pack_gradients(grad_rows, grad_weights, dispatcher.exact_layout)
+        home = dispatcher.transport.all_to_all_v(packed, route.recv_counts, route.send_counts, "backward of dispatch")
+        hidden, weights = unpack_gradients(home, dispatcher.exact_layout)
+        grad_x = hidden.new_zeros(x_shape, dtype=_accumulate_dtype(hidden.dtype))
+        grad_x.index_add_(0, route.tokens, hidden.to(grad_x.dtype))
+        grad_w = weights.new_zeros(weights_shape)
+        grad_w.index_add_(0, route.tokens, weights.masked_fill(route.slots < 0, 0))
+        return grad_x.to(hidden.dtype), grad_w.to(weights_device, weights_dtype), None, None, None
+
+
+def _start_exchange(
+    rows: torch.Tensor, anchor: torch.Tensor, transport: Transport, send_counts: list[int], recv_counts: list[int]
+) -> Callable[[], torch.Tensor]:
+    """Begin to bring results home; the function that it returns waits for them. Differentiable in `rows`."""
+    finish = transport.start_all_to_all_v(rows.detach().contiguous(), send_counts, recv_counts, "combine")
+    return lambda: _Exchange.apply(rows, anchor, transport, send_counts, recv_counts, finish)
 
 
 class _Exchange(torch.autograd.Function):
     """An all-to-all of rows whose backward pass is the opposite all-to-all. `anchor` only ties the graph together."""
 
     @staticmethod
-    def forward(ctx, rows, anchor, transport, send_counts, recv_counts, phase):
-        ctx.exchange = (transport, recv_counts, send_counts, f"backward of {phase}")
-        return transport.all_to_all_v(rows.detach().contiguous(), send_counts, recv_counts, phase)
+    def forward(ctx, rows, anchor, transport, send_counts, recv_counts, finish):
+        ctx.exchange = (transport, recv_counts, send_counts)
+        return finish()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_rows):
-        transport, send_counts, recv_counts, phase = ctx.exchange
-        grad = transport.all_to_all_v(grad_rows.contiguous(), send_counts, recv_counts, phase)
+        transport, send_counts, recv_counts = ctx.exchange
+        grad = transport.all_to_all_v(grad_rows.contiguous(), send_counts, recv_counts, "backward of combine")
         return grad, torch.zeros(()), None, None, None, None
 
 
-def dispatcher_views(packed: torch.Tensor, dispatcher: Dispatcher) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(hidden [N, H], weights [N, K], slots [N, K] int32) as strided views of packed rows; slots may be cut off."""
-    weights_at, slots_at, row_bytes = dispatcher._row_layout()
-    hidden = packed[:, : dispatcher.hidden_size * dispatcher.dtype.itemsize].view(dispatcher.dtype)
-    weights = packed[:, weights_at:slots_at].view(dispatcher._weight_dtype)
-    slots = packed[:, slots_at : slots_at + dispatcher.top_k * 4]
-    return hidden, weights, slots.view(torch.int32) if packed.shape[1] == row_bytes else slots
-
-
-def _round_up(size: int) -> int:
-    return (size + _ALIGN - 1) // _ALIGN * _ALIGN
+def _count_by_rank(rows: np.ndarray, rows_per_rank: Sequence[int]) -> list[int]:
+    """How many of `rows` (numbers of rows that are grouped by rank) belong to each rank."""
+    rank_of_row = np.repeat(np.arange(len(rows_per_rank)), rows_per_rank)
+    return np.bincount(rank_of_row[rows], minlength=len(rows_per_rank)).tolist()
 
 
 def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -294,7 +394,7 @@ def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 _DTYPE_CODES = ("torch.float32", "torch.bfloat16", "torch.float16", "torch.float64")
 
 
-def _check_ranks_agree(transport: Transport, fields: dict[str, int]) -> None:
+def check_ranks_agree(transport: Transport, fields: dict[str, int]) -> None:
     """Compare every field across ranks; raise ConfigError naming the first rank and field that differ."""
     mine = torch.tensor(list(fields.values()), dtype=torch.int64)
     table = transport.all_gather(mine, "dispatcher check")

@@ -7,16 +7,27 @@ itself a Transport.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from .bridge import BridgeTransport
+from .gloo import GlooTransport
 from .group import join_group, listen
-from .quirks import can_reduce, dtype_name
-from .transport import LocalTransport, TorchTransport, Transport, describe_counts, reduce_in_rank_order
+from .native import NativeTransport
+from .quirks import as_bytes, can_reduce, dtype_name
+from .transport import (
+    LocalTransport,
+    Transport,
+    Waits,
+    check_counts,
+    deadline,
+    describe_counts,
+    once,
+    reduce_in_rank_order,
+)
 from .vendors import VENDORS, Vendor
 from .wire import all_gather_message
 
@@ -40,9 +51,26 @@ class Islands:
 EMULATED = " (emulated)"
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a rank computes. kind: what it shares with its island: vendor, whether emulated, where it reaches."""
+
+    kind: str
+    device: torch.device
+    vendor: Vendor
+    backend: str  # name for torch.distributed
+
+    @property
+    def emulated(self) -> bool:
+        return EMULATED in self.kind
+
+
+ON_CPU = Place("cpu", torch.device("cpu"), VENDORS["cpu"], "gloo")
+
+
 def vendor_of(kind: str) -> Vendor:
-    """The vendor whose library the ranks of an island speak, or stand in for."""
-    return VENDORS[kind.removesuffix(EMULATED)]
+    """The vendor whose library the ranks of an island speak, or emulate. Kinds begin with it."""
+    return VENDORS[kind.split()[0]]
 
 
 def form_islands(kinds: Sequence[str]) -> Islands:
@@ -51,9 +79,9 @@ def form_islands(kinds: Sequence[str]) -> Islands:
     return Islands(names, tuple(tuple(r for r, kind in enumerate(kinds) if kind == name) for name in names))
 
 
-def join_islands(bridge: BridgeTransport, kinds: Sequence[str], deadline_s: float) -> CompositeTransport:
-    """Build this rank's island group beside a world-wide bridge. Every rank calls with the same kinds."""
-    islands = form_islands(kinds)
+def join_islands(bridge: BridgeTransport, place: Place, deadline_s: float) -> CompositeTransport:
+    """Build this rank's island group beside a world-wide bridge. Every rank calls, with its own place."""
+    islands = form_islands(all_gather_message(bridge, place.kind, "rendezvous of islands (kinds)"))
     mine = islands.ranks[islands.of(bridge.rank)]
     endpoint, listener = "", None
     if len(mine) > 1 and bridge.rank == mine[0]:
@@ -64,9 +92,21 @@ def join_islands(bridge: BridgeTransport, kinds: Sequence[str], deadline_s: floa
         return CompositeTransport(bridge, LocalTransport(deadline_s), islands)
     address, port = endpoints[mine[0]].split()
     join_group(address, int(port), listener, mine.index(bridge.rank), len(mine), deadline_s, "moe_runtime_island")
-    kind = islands.kinds[islands.of(bridge.rank)]
-    native = TorchTransport(dist.group.WORLD, deadline_s, True, vendor_of(kind), emulated=kind.endswith(EMULATED))
-    return CompositeTransport(bridge, native, islands)
+    return CompositeTransport(bridge, over_group(place, deadline_s, owns_default_group=True), islands)
+
+
+def over_group(place: Place, deadline_s: float, owns_default_group: bool) -> Transport:
+    """A transport over the ranks of torch.distributed's default group, which all compute on places of one kind.
+
+    CPU ranks use gloo; others their vendor's library for device tensors, and gloo beside it.
+    """
+    timeout = deadline(deadline_s)
+    whole = dist.group.WORLD if owns_default_group else dist.new_group(backend="gloo", timeout=timeout)
+    host = GlooTransport(whole, deadline_s, owns_default_group)
+    if place.device.type == "cpu":
+        return host
+    device_group = dist.new_group(backend=place.backend, timeout=timeout)
+    return NativeTransport(device_group, host, place.vendor, place.emulated)
 
 
 class CompositeTransport:
@@ -80,8 +120,18 @@ class CompositeTransport:
         self._others = tuple(rank for rank in range(self.size) if rank not in self._mates)
         self._leads = self.rank == self._mates[0]
         self.name = f"islands ({native.name} inside, {bridge.name} between)"
-        # Rows of all-to-all by path; what went native never left the island.
-        self.rows_sent = {"native": 0, "bridge": 0}
+        # Bytes of rows of all-to-all by path; what went native never left the island.
+        self.bytes_sent = {"native": 0, "bridge": 0}
+
+    @property
+    def waits(self) -> Waits:
+        """What this rank waited for its island's ranks and for the others."""
+        joined = Waits(self.size)
+        for number, mate in enumerate(self._mates):
+            joined.take(mate, self._native.waits, number)
+        for peer in self._others:
+            joined.take(peer, self._bridge.waits, peer)
+        return joined
 
     def path(self, source: int, to: int) -> str:
         """How rows travel from one rank to another, for describe()."""
@@ -93,22 +143,41 @@ class CompositeTransport:
     def all_to_all_v(
         self, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str
     ) -> torch.Tensor:
+        return self.start_all_to_all_v(send, send_counts, recv_counts, phase)()
+
+    def start_all_to_all_v(
+        self, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str
+    ) -> Callable[[], torch.Tensor]:
+        check_counts(self, send, send_counts, recv_counts, phase)
+        send = send.detach().contiguous()
         recv = send.new_empty((sum(recv_counts), *send.shape[1:]))
         outgoing, incoming = send.split(list(send_counts)), recv.split(list(recv_counts))
         detail = describe_counts(send_counts, recv_counts)
-        finish = self._bridge.start({peer: outgoing[peer] for peer in self._others}, phase)
-        inside = self._native.all_to_all_v(
+        finish_inside = self._native.start_all_to_all_v(
             torch.cat([outgoing[mate] for mate in self._mates]),
             [send_counts[mate] for mate in self._mates],
             [recv_counts[mate] for mate in self._mates],
             phase,
         )
-        for mate, rows in zip(self._mates, inside.split([recv_counts[mate] for mate in self._mates]), strict=True):
-            incoming[mate].copy_(rows)
-        finish({peer: incoming[peer] for peer in self._others}, detail)
-        self.rows_sent["native"] += sum(send_counts[mate] for mate in self._mates if mate != self.rank)
-        self.rows_sent["bridge"] += sum(send_counts[peer] for peer in self._others)
-        return recv
+        finish_between = self._bridge.start(
+            {peer: outgoing[peer] for peer in self._others},
+            {peer: incoming[peer] for peer in self._others},
+            phase,
+            detail,
+            self._bridge.waits,
+        )
+        row_bytes = as_bytes(send[:0]).shape[1]
+        self.bytes_sent["native"] += row_bytes * sum(send_counts[mate] for mate in self._mates if mate != self.rank)
+        self.bytes_sent["bridge"] += row_bytes * sum(send_counts[peer] for peer in self._others)
+
+        def finish() -> torch.Tensor:
+            inside = finish_inside()
+            for mate, rows in zip(self._mates, inside.split([recv_counts[mate] for mate in self._mates]), strict=True):
+                incoming[mate].copy_(rows)
+            finish_between()
+            return recv
+
+        return once(finish, phase)
 
     def all_reduce(self, tensor: torch.Tensor, phase: str, op: str = "sum") -> None:
         """Inside each island, then between the leaders in island order, then inside again: equal bits on all ranks."""
@@ -119,7 +188,7 @@ class CompositeTransport:
         leaders = self.islands.leaders()
         peers = [leader for leader in leaders if leader != self.rank] if self._leads else []
         parts = {leader: torch.empty_like(tensor) for leader in peers}
-        self._bridge.start(dict.fromkeys(peers, tensor), phase)(parts)
+        self._bridge.start(dict.fromkeys(peers, tensor), parts, phase)()
         if self._leads:
             parts[self.rank] = tensor.clone()
             tensor.copy_(reduce_in_rank_order([parts[leader] for leader in leaders], op))
@@ -131,17 +200,19 @@ class CompositeTransport:
 
     def all_gather(self, tensor: torch.Tensor, phase: str) -> torch.Tensor:
         out = tensor.new_empty((self.size, *tensor.shape))
-        finish = self._bridge.start(dict.fromkeys(self._others, tensor.contiguous()), phase)
+        finish = self._bridge.start(
+            dict.fromkeys(self._others, tensor.contiguous()), {peer: out[peer] for peer in self._others}, phase
+        )
         for mate, value in zip(self._mates, self._native.all_gather(tensor, phase), strict=True):
             out[mate].copy_(value)
-        finish({peer: out[peer] for peer in self._others})
+        finish()
         return out
 
     def broadcast(self, tensor: torch.Tensor, root: int, phase: str) -> None:
         home = self.islands.of(root)
         others = [leader for island, leader in enumerate(self.islands.leaders()) if island != home]
-        finish = self._bridge.start(dict.fromkeys(others, tensor) if self.rank == root else {}, phase)
-        finish({root: tensor} if self.rank in others else {})
+        outgoing = dict.fromkeys(others, tensor) if self.rank == root else {}
+        self._bridge.start(outgoing, {root: tensor} if self.rank in others else {}, phase)()
         self._native.broadcast(tensor, self._mates.index(root) if self._island == home else 0, phase)
 
     def send(self, tensor: torch.Tensor, to: int, phase: str) -> None:

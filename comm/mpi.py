@@ -10,7 +10,7 @@ import atexit
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 
 from ..core.errors import ConfigError, MoeRuntimeError, PeerLost, PeerTimeout, VendorUnavailable
 from .group import listen
-from .transport import byte_view, check_counts, check_peer, describe_counts
+from .transport import Waits, byte_view, check_counts, check_peer, describe_counts, once
 
 _ROWS, _MESSAGE = 1, 2  # tags: rows of collectives, send and recv
 _PIECE_BYTES = 1 << 30  # MPI before version 4 counts in int32, and Open MPI 5 still does
@@ -28,9 +28,10 @@ _SPIN_S = 0.002  # polled without a pause this long, and longer for many bytes: 
 _SPIN_BYTES_PER_S = 1e9
 _PAUSES_S = (20e-6, 500e-6)
 
-# Requests that did not end. MPI may still write into their buffers, so they are never let go, and MPI_Finalize, which
-# would wait for them without a deadline, is not called.
-_stranded: list[Any] = []
+# Requests that have not ended. MPI may still write into their buffers, so they are not let go before. While there are
+# any, or after a failure, MPI_Finalize, which would wait for other ranks without a deadline, is not called.
+_under_way: set[_Pending] = set()
+_failures: list[str] = []
 
 
 def connect(deadline_s: float) -> MpiTransport:
@@ -46,6 +47,8 @@ class MpiTransport:
 
     Rows travel as one message per pair of ranks, not as Alltoallv: MPI libraries build Alltoallv from such messages
     on the CPU as well, an error can name the very ranks that are missing, and no displacement overflows int32.
+    An exchange that was started goes on whenever this process is inside a call of MPI; most libraries move little
+    between calls, except small messages, which are in the receiver's memory once sent.
 
     A rank that dies: its launcher ends the whole job, unless told otherwise. Under `mpirun --with-ft ulfm` the others
     get PeerLost at once, and under `--continuous` PeerTimeout at the deadline. A rank that closes its transport stays
@@ -57,6 +60,7 @@ class MpiTransport:
         library = self._mpi.Get_library_version().split(",")[0].split("\n")[0].strip()
         self.name = f"mpi:{library}"
         self.rank, self.size, self.deadline_s = communicator.Get_rank(), communicator.Get_size(), deadline_s
+        self.waits = Waits(self.size)
         self._unusable: str | None = None
         # A communicator of its own: no message of the caller's can match one of ours.
         self._communicator, request = communicator.Idup()
@@ -66,12 +70,25 @@ class MpiTransport:
     def all_to_all_v(
         self, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str
     ) -> torch.Tensor:
+        return self.start_all_to_all_v(send, send_counts, recv_counts, phase)()
+
+    def start_all_to_all_v(
+        self, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str
+    ) -> Callable[[], torch.Tensor]:
+        # Several may be under way: MPI keeps messages of one sender and tag in the order in which they were started.
         check_counts(self, send, send_counts, recv_counts, phase)
         recv = send.new_empty((sum(recv_counts), *send.shape[1:]))
         outgoing = [byte_view(part) for part in send.detach().split(list(send_counts))]
         incoming = [byte_view(part) for part in recv.split(list(recv_counts))]
-        self._exchange(outgoing, incoming, phase, describe_counts(send_counts, recv_counts))
-        return recv
+        detail = describe_counts(send_counts, recv_counts)
+        pending = self._start_exchange(outgoing, incoming, phase, detail)
+
+        def finish() -> torch.Tensor:
+            self._check_usable(phase)
+            self._finish(pending, phase, detail, self.waits)
+            return recv
+
+        return once(finish, phase)
 
     def all_reduce(self, tensor: torch.Tensor, phase: str, op: str = "sum") -> None:
         operations = {"sum": self._mpi.SUM, "max": self._mpi.MAX, "min": self._mpi.MIN}
@@ -82,7 +99,7 @@ class MpiTransport:
         wide = tensor.detach().float() if narrow else tensor.detach()
         values = wide.view(-1).numpy()
         self._check_usable(phase)
-        self._start(
+        self._run(
             lambda: [
                 _Pending(
                     self._communicator.Iallreduce(self._mpi.IN_PLACE, piece, operations[op]),
@@ -101,13 +118,14 @@ class MpiTransport:
         out = tensor.new_empty((self.size, *tensor.shape))
         mine = byte_view(tensor)
         detail = f"all_gather of {tuple(tensor.shape)} {tensor.dtype}"
-        self._exchange([mine] * self.size, [byte_view(part) for part in out.unbind(0)], phase, detail)
+        incoming = [byte_view(part) for part in out.unbind(0)]
+        self._finish(self._start_exchange([mine] * self.size, incoming, phase, detail), phase, detail)
         return out
 
     def broadcast(self, tensor: torch.Tensor, root: int, phase: str) -> None:
         self._check_usable(phase)
         waits_for = self._others() if self.rank == root else (root,)
-        self._start(
+        self._run(
             lambda: [
                 _Pending(self._communicator.Ibcast([piece, self._mpi.BYTE], root), waits_for, piece.nbytes)
                 for piece in _pieces(byte_view(tensor), _PIECE_BYTES)
@@ -120,23 +138,25 @@ class MpiTransport:
         check_peer(self, to, phase)
         self._check_usable(phase)
         detail = f"sending {tuple(tensor.shape)} {tensor.dtype} to rank {to}"
-        self._start(lambda: self._send(byte_view(tensor), to, _MESSAGE), phase, detail)
+        self._run(lambda: self._send(byte_view(tensor), to, _MESSAGE), phase, detail)
 
     def recv(self, tensor: torch.Tensor, source: int, phase: str) -> None:
         check_peer(self, source, phase)
         self._check_usable(phase)
         detail = f"receiving {tuple(tensor.shape)} {tensor.dtype} from rank {source}"
-        self._start(lambda: self._receive(byte_view(tensor), source, _MESSAGE), phase, detail)
+        self._run(lambda: self._receive(byte_view(tensor), source, _MESSAGE), phase, detail)
 
     def barrier(self, phase: str) -> None:
         self._check_usable(phase)
-        self._start(lambda: [_Pending(self._communicator.Ibarrier(), self._others())], phase)
+        self._run(lambda: [_Pending(self._communicator.Ibarrier(), self._others())], phase)
 
     def close(self) -> None:
         # MPI_Comm_free is collective and may wait for a rank that is dead; MPI frees the communicator when it ends.
         self._unusable = self._unusable or "it is closed"
 
-    def _exchange(self, outgoing: list[np.ndarray], incoming: list[np.ndarray], phase: str, detail: str) -> None:
+    def _start_exchange(
+        self, outgoing: list[np.ndarray], incoming: list[np.ndarray], phase: str, detail: str
+    ) -> list[_Pending]:
         """Bytes to every rank and from every rank; also none, so that ranks meet in every exchange."""
         self._check_usable(phase)
 
@@ -148,7 +168,7 @@ class MpiTransport:
         if len(outgoing[self.rank]) != len(incoming[self.rank]):
             raise ConfigError(f"{phase}: rank {self.rank} does not agree with itself, {detail}")
         incoming[self.rank][:] = outgoing[self.rank]
-        self._start(start, phase, detail)
+        return self._start(start, phase, detail)
 
     def _send(self, data: np.ndarray, to: int, tag: int) -> list[_Pending]:
         return [
@@ -162,20 +182,31 @@ class MpiTransport:
             for piece in _pieces(data, _PIECE_BYTES)
         ]
 
-    def _start(self, start: Any, phase: str, detail: str = "") -> None:
-        try:
-            pending = start()
-        except self._mpi.Exception as error:
-            raise self._failed(error, (), phase, detail) from error
-        self._finish(pending, phase, detail)
+    def _run(self, start: Callable[[], list[_Pending]], phase: str, detail: str = "") -> None:
+        self._finish(self._start(start, phase, detail), phase, detail)
 
-    def _finish(self, pending: list[_Pending], phase: str, detail: str = "") -> None:
-        """Poll until all requests are done. After any error the transport is unusable: requests are still under way."""
+    def _start(self, start: Callable[[], list[_Pending]], phase: str, detail: str) -> list[_Pending]:
+        try:
+            return start()
+        except self._mpi.Exception as error:
+            raise self._failed(error, phase, detail) from error
+
+    def _finish(self, pending: list[_Pending], phase: str, detail: str = "", waits: Waits | None = None) -> None:
+        """Poll until all requests are done. After any error the transport is unusable: requests are still under way.
+
+        waits: where to note how long each rank's rows took to come.
+        """
         began, pause = time.monotonic(), _PAUSES_S[0]
         spin_s = _SPIN_S + sum(each.num_bytes for each in pending) / _SPIN_BYTES_PER_S
         try:
-            while pending := [each for each in pending if not each.done(self._mpi)]:
+            while True:
+                left = [each for each in pending if not each.done(self._mpi)]
                 waited = time.monotonic() - began
+                if waits is not None and len(left) < len(pending):
+                    for rank in _sources(pending) - _sources(left):
+                        waits.add(rank, waited)
+                if not (pending := left):
+                    return
                 if waited > self.deadline_s:
                     raise self._timed_out(pending, phase, detail)
                 if waited < spin_s:
@@ -184,18 +215,16 @@ class MpiTransport:
                     time.sleep(pause)
                     pause = min(1.5 * pause, _PAUSES_S[1])
         except self._mpi.Exception as error:
-            raise self._failed(error, pending, phase, detail) from error
+            raise self._failed(error, phase, detail) from error
         except _WrongSize as wrong:
-            _stranded.extend(pending)
-            self._unusable = f"of a mismatch in phase {phase}"
+            self._give_up(f"of a mismatch in phase {phase}")
             raise MoeRuntimeError(
                 f"rank {self.rank}, phase {phase}, {detail}: {wrong}; all ranks must make the same calls in the same "
                 "order, with counts that match"
             ) from None
 
     def _timed_out(self, pending: list[_Pending], phase: str, detail: str) -> PeerTimeout:
-        _stranded.extend(pending)
-        self._unusable = f"phase {phase} timed out"
+        self._give_up(f"phase {phase} timed out")
         ranks = tuple(sorted({rank for each in pending for rank in each.ranks}))
         return PeerTimeout(
             f"{self._where(phase, detail)}: waited {self.deadline_s:g} s for ranks {list(ranks)} over {self.name}; "
@@ -205,9 +234,8 @@ class MpiTransport:
             phase=phase,
         )
 
-    def _failed(self, error: Any, pending: Sequence[_Pending], phase: str, detail: str) -> MoeRuntimeError:
-        _stranded.extend(pending or [self])
-        self._unusable = f"phase {phase} failed"
+    def _failed(self, error: Any, phase: str, detail: str) -> MoeRuntimeError:
+        self._give_up(f"phase {phase} failed")
         if error.Get_error_class() == self._mpi.ERR_TRUNCATE:
             return MoeRuntimeError(f"{self._where(phase, detail)}: a rank sends more than this rank expects ({error})")
         lost = self._failed_ranks()
@@ -217,6 +245,10 @@ class MpiTransport:
             rank=lost[0] if lost else None,
             phase=phase,
         )
+
+    def _give_up(self, why: str) -> None:
+        self._unusable = why
+        _failures.append(why)
 
     def _failed_ranks(self) -> list[int]:
         """The ranks MPI knows to be dead; none where it cannot tell (only MPI with fault tolerance, ULFM, can)."""
@@ -239,19 +271,23 @@ class MpiTransport:
             raise RuntimeError(f"{phase}: the transport cannot be used any more: {self._unusable}")
 
 
-@dataclass
+@dataclass(eq=False)
 class _Pending:
-    """A request under way: whom it waits for, and how many bytes it moves."""
+    """A request under way: whom it waits for, and how many bytes it moves. It is kept alive until it is done."""
 
     request: Any
     ranks: tuple[int, ...]
     num_bytes: int = 0
     is_receive: bool = False
 
+    def __post_init__(self) -> None:
+        _under_way.add(self)
+
     def done(self, mpi: Any) -> bool:
         status = mpi.Status()
         if not self.request.Test(status):
             return False
+        _under_way.discard(self)
         if self.is_receive and (count := status.Get_count(mpi.BYTE)) != self.num_bytes:
             raise _WrongSize(f"rank {self.ranks[0]} sent {count} bytes where this rank expects {self.num_bytes}")
         return True
@@ -259,6 +295,10 @@ class _Pending:
 
 class _WrongSize(Exception):
     pass
+
+
+def _sources(pending: list[_Pending]) -> set[int]:
+    return {each.ranks[0] for each in pending if each.is_receive}
 
 
 def _pieces(values: np.ndarray, longest: int) -> list[np.ndarray]:
@@ -285,7 +325,9 @@ def _load_mpi() -> Any:
 
 def _finalize() -> None:
     mpi = sys.modules.get("mpi4py.MPI")
-    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized() and not _stranded:
+    if mpi is None or not mpi.Is_initialized() or mpi.Is_finalized() or _failures:
+        return
+    if all(each.done(mpi) for each in tuple(_under_way)):  # what was started and never finished may have ended
         mpi.Finalize()
 
 

@@ -11,16 +11,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from ..core.errors import ConfigError, VendorUnavailable
 from .vendors import UNKNOWN, Fact, Quirk, Vendor
 
 # ---------------------------------------------------------------- the exchange, with every quirk of sizes and payloads
 
-Exchange = Callable[[torch.Tensor, torch.Tensor, list[int], list[int]], None]
+# call(received, sent, receive_splits, send_splits) begins the library's all_to_all_single along dimension 0 and
+# returns what waits for it.
+Exchange = Callable[[torch.Tensor, torch.Tensor, list[int], list[int]], Callable[[], None]]
 
 
-def exchange_rows(
+def start_exchange(
     vendor: Vendor,
     send: torch.Tensor,
     send_counts: Sequence[int],
@@ -28,26 +31,35 @@ def exchange_rows(
     call: Exchange,
     largest_bytes: int | None = None,
     limit_bytes: int | None = None,
-) -> torch.Tensor:
-    """Rows `send` [sum(send_counts), ...], grouped by destination, to rows [sum(recv_counts), ...] grouped by source.
+) -> Callable[[], torch.Tensor]:
+    """Begin an exchange of rows `send` [sum(send_counts), ...], grouped by destination.
 
-    `call(received, sent, receive_splits, send_splits)` is the library's all_to_all_single along dimension 0.
-    `largest_bytes`: see padded_sizes; `needs_largest` says who needs it. `limit_bytes`: see check_presized.
+    The returned function waits for it and gives rows [sum(recv_counts), ...] grouped by source. `largest_bytes`: see
+    padded_sizes; `needs_largest` says who needs it. `limit_bytes`: see check_presized.
     """
     row_bytes = as_bytes(send[:0]).shape[1]
     check_presized(vendor.quirks, row_bytes * max(sum(send_counts), sum(recv_counts)), limit_bytes)
-    if not _PADDED & vendor.quirks:
+    padded = bool(_PADDED & vendor.quirks)
+    if not padded:
         payload = payload_view(send, vendor)
         received = payload.new_empty((sum(recv_counts), *payload.shape[1:]))
-        call(received, payload, list(recv_counts), list(send_counts))
+        wait = call(received, payload, list(recv_counts), list(send_counts))
     else:
         send_sizes, recv_sizes = ([count * row_bytes for count in counts] for counts in (send_counts, recv_counts))
         send_padded = padded_sizes(send_sizes, vendor.quirks, largest_bytes)
         recv_padded = padded_sizes(recv_sizes, vendor.quirks, largest_bytes)
-        buffer = send.new_empty(sum(recv_padded), dtype=torch.uint8)
-        call(buffer, pad_chunks(as_bytes(send).view(-1), send_sizes, send_padded), recv_padded, send_padded)
-        received = cut_chunks(buffer, recv_sizes, recv_padded).view(sum(recv_counts), row_bytes)
-    return received if received.dtype == send.dtype else from_bytes(received, send.dtype, send.shape[1:])
+        received = send.new_empty(sum(recv_padded), dtype=torch.uint8)
+        payload = pad_chunks(as_bytes(send).view(-1), send_sizes, send_padded)
+        wait = call(received, payload, recv_padded, send_padded)
+
+    def finish() -> torch.Tensor:
+        wait()
+        rows = received
+        if padded:
+            rows = cut_chunks(received, recv_sizes, recv_padded).view(sum(recv_counts), row_bytes)
+        return rows if rows.dtype == send.dtype else from_bytes(rows, send.dtype, send.shape[1:])
+
+    return finish
 
 
 def needs_largest(vendor: Vendor) -> bool:
@@ -119,14 +131,23 @@ def padded_sizes(sizes: Sequence[int], quirks: frozenset[Quirk], largest: int | 
     `largest`: the largest message between any two ranks of the group, which all ranks must have agreed on before.
     Only a vendor whose uneven splits are not documented needs it; ConfigError where it is missing or too small.
     """
-    granule = max((size for quirk, size in _GRANULE.items() if quirk in quirks), default=1)
     if Quirk.UNEVEN_SPLITS_UNSTATED in quirks:
         if largest is None or largest < max(sizes, default=0):
             raise ConfigError(
                 f"even splits need the largest message of the group; got {largest} for messages of {list(sizes)} bytes"
             )
         sizes = [largest] * len(sizes)
-    return [-(-size // granule) * granule for size in sizes]
+    return _padded_to_granule(sizes, quirks)
+
+
+def granule(quirks: frozenset[Quirk]) -> int:
+    """What the size of every message must be a multiple of, in bytes."""
+    return max((size for quirk, size in _GRANULE.items() if quirk in quirks), default=1)
+
+
+def _padded_to_granule(sizes: Sequence[int], quirks: frozenset[Quirk]) -> list[int]:
+    unit = granule(quirks)
+    return [-(-size // unit) * unit for size in sizes]
 
 
 def pad_chunks(payload: torch.Tensor, sizes: Sequence[int], padded: Sequence[int]) -> torch.Tensor:
@@ -145,6 +166,23 @@ def cut_chunks(padded_payload: torch.Tensor, sizes: Sequence[int], padded: Seque
         return padded_payload
     chunks = [padded_payload[start : start + size] for start, size in zip(_starts(padded), sizes, strict=True)]
     return torch.cat(chunks) if chunks else padded_payload[:0]
+
+
+def whole_message(tensor: torch.Tensor, vendor: Vendor) -> torch.Tensor:
+    """A tensor as one message that the library takes: its bytes, uint8 1-D, padded where sizes must be.
+
+    Shares memory with a contiguous tensor that needs no padding; see `take_message` for what was received.
+    """
+    data = as_bytes(tensor).view(-1)
+    (size,) = _padded_to_granule([len(data)], vendor.quirks)
+    return pad_chunks(data, [len(data)], [size])
+
+
+def take_message(message: torch.Tensor, tensor: torch.Tensor) -> None:
+    """Copy what came in `message` (made by whole_message from `tensor`) into `tensor`, where they differ."""
+    if message.data_ptr() != tensor.data_ptr():
+        size = tensor.numel() * tensor.element_size()
+        tensor.detach().copy_(from_bytes(message[:size].unsqueeze(0), tensor.dtype, tensor.shape).view(tensor.shape))
 
 
 def _starts(sizes: Sequence[int]) -> list[int]:
@@ -234,10 +272,17 @@ def plan_reduction(vendor: Vendor, dtype: torch.dtype, op: str, size: int) -> Re
     return Reduction(getattr(torch, chosen), "sum" if divided else op, size if divided else 1)
 
 
-def reduce_in_place(tensor: torch.Tensor, plan: Reduction, call: Callable[[torch.Tensor, str], None]) -> None:
-    """Run `plan` on `tensor`; `call(work, op)` is the library's all-reduce in place of a contiguous tensor."""
+def reduce_in_place(
+    tensor: torch.Tensor, plan: Reduction, call: Callable[[torch.Tensor, str], None], pad_bytes: int = 1
+) -> None:
+    """Run `plan` on `tensor`; `call(work, op)` is the library's all-reduce in place of a contiguous tensor.
+
+    pad_bytes: what the size of a message must be a multiple of (`granule`).
+    """
     work = tensor.detach().to(plan.dtype).contiguous().view(-1)
-    call(work, plan.op)
+    message = work if pad_bytes == 1 else F.pad(work, (0, -len(work) % (pad_bytes // work.element_size())))
+    call(message, plan.op)
+    work = message[: len(work)]
     if plan.divisor != 1:
         work.div_(plan.divisor)
     # Where nothing had to change `work` is a view of `tensor`, and the result is already there.

@@ -7,7 +7,6 @@ listens on the address the launcher named and on nothing else.
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -16,9 +15,10 @@ from ..core import environment
 from ..core.errors import ConfigError
 from . import bridge, mpi
 from .group import join_group, listen, open_store
-from .islands import join_islands
+from .islands import ON_CPU, Place, join_islands, over_group
 from .shm import SharedMemoryTransport
-from .transport import LocalTransport, TorchTransport, Transport, deadline
+from .staging import StagedTransport
+from .transport import LocalTransport, Transport
 
 
 def connect(
@@ -26,13 +26,13 @@ def connect(
     timeout_s: float,
     kind: str = "auto",
     about: dict[str, Any] | None = None,
-    island_kinds: Sequence[str] | None = None,
+    place: Place = ON_CPU,
 ) -> Transport:
     """The transport of this rank's world. Every rank calls it; it returns when all have come.
 
-    kind: "gloo", "shm", "mpi", "zeromq", "islands", or "auto" (gloo). about: what must be equal on all ranks that meet
-    over ZeroMQ (versions, hashes); torch.distributed has no such check, and the dispatcher's own comes later.
-    island_kinds [R]: what makes ranks one island.
+    kind: "gloo", "shm", "mpi", "zeromq", "islands", or "auto": one torch.distributed group over the vendor's library
+    (gloo where that is a CPU). about: what must be equal on all ranks that meet over ZeroMQ (versions, hashes);
+    torch.distributed has no such check, and the dispatcher's own comes later. place: where this rank computes.
 
     If the caller has initialised torch.distributed already, its default group is used and left open on close.
     Raises PeerTimeout when some rank has not come within `timeout_s`, ConfigError when the address cannot be used.
@@ -43,31 +43,39 @@ def connect(
         joined = bridge.meet(world.rank, world.size, world.master_addr, world.master_port, timeout_s, about or {})
         if kind == "zeromq":
             return joined
-        return join_islands(joined, island_kinds or ["cpu"] * world.size, timeout_s)
+        return join_islands(joined, place, timeout_s)
     if kind == "mpi" and world.size > 1:
         if world.launcher != "mpi":
             raise ConfigError("transport mpi: MPI has not started these ranks; start them with mpirun")
-        return mpi.connect(timeout_s)
+        return _staged(mpi.connect(timeout_s), place)
     if kind == "shm" and world.size > 1:
         if world.local_size != world.size:
             raise ConfigError(f"transport shm is for one machine; here are {world.local_size} of {world.size} ranks")
         store = _store(world, timeout_s)
         shared = SharedMemoryTransport(store, world.rank, world.size, timeout_s)
         shared.barrier("rendezvous")  # rank 0 serves the store: it must not let go before all have read from it
-        return shared
+        return _staged(shared, place)
     if dist.is_initialized():
         if dist.get_world_size() != world.size:
             raise ConfigError(
                 f"torch.distributed is initialised with {dist.get_world_size()} ranks, the launcher said {world.size}"
             )
-        return TorchTransport(
-            dist.new_group(backend="gloo", timeout=deadline(timeout_s)), timeout_s, owns_default_group=False
-        )
+        return _over_group(place, timeout_s, kind, owns_default_group=False)
     if world.size == 1:
         return LocalTransport(timeout_s)
     address, port, listener = _endpoint(world)
     join_group(address, port, listener, world.rank, world.size, timeout_s, "moe_runtime")
-    return TorchTransport(dist.group.WORLD, timeout_s, owns_default_group=True)
+    return _over_group(place, timeout_s, kind, owns_default_group=True)
+
+
+def _over_group(place: Place, timeout_s: float, kind: str, owns_default_group: bool) -> Transport:
+    if kind == "gloo":
+        return _staged(over_group(ON_CPU, timeout_s, owns_default_group), place)
+    return over_group(place, timeout_s, owns_default_group)
+
+
+def _staged(host: Transport, place: Place) -> Transport:
+    return host if place.device.type == "cpu" else StagedTransport(host)
 
 
 def _store(world: environment.WorldEnvironment, timeout_s: float) -> dist.Store:

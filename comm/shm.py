@@ -4,6 +4,10 @@ Each rank owns one receive window, which holds a mailbox of two chunks for each 
 into its mailbox and says so in a frame on the socket it shares with that rank; the receiver copies the chunk out and
 says that the mailbox is free again. Larger messages take many rounds.
 
+Rows move only inside calls. Starting an exchange fills the mailboxes, so a rank that computes meanwhile holds up
+nobody whose rows fit into them. The rest moves when the exchange is finished, or in the next call if one comes before:
+two ranks have one message each way under way.
+
 Memory is anonymous (memfd) and its descriptor travels over the sockets: nothing in /dev/shm has a name, so nobody else
 can open it and nothing is left behind, however a rank ends. The sockets' abstract names are unguessable and both ends
 check that the other belongs to the same user.
@@ -24,8 +28,9 @@ import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -34,7 +39,7 @@ import torch
 import torch.distributed as dist
 
 from ..core.errors import ConfigError, MoeRuntimeError, PeerLost, PeerTimeout
-from .transport import byte_view, check_counts, check_peer, describe_counts, reduce_in_rank_order
+from .transport import Waits, byte_view, check_counts, check_peer, describe_counts, once, reduce_in_rank_order
 
 _WINDOW_BYTES = 32 << 20
 _CHUNKS = 2  # of each mailbox: one is filled while the other is emptied
@@ -64,6 +69,8 @@ class SharedMemoryTransport:
         if not 0 <= rank < size:
             raise ConfigError(f"rank {rank} is not in 0..{size - 1}")
         self.rank, self.size, self.deadline_s = rank, size, deadline_s
+        self.waits = Waits(size)
+        self._latest: _Exchange | None = None  # all before it have ended
         self._unusable: str | None = None
         self._blamed: int | None = None
         self._lanes: dict[int, _Lane] = {}
@@ -79,12 +86,24 @@ class SharedMemoryTransport:
     def all_to_all_v(
         self, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str
     ) -> torch.Tensor:
+        return self.start_all_to_all_v(send, send_counts, recv_counts, phase)()
+
+    def start_all_to_all_v(
+        self, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str
+    ) -> Callable[[], torch.Tensor]:
         check_counts(self, send, send_counts, recv_counts, phase)
         recv = send.new_empty((sum(recv_counts), *send.shape[1:]))
         outgoing = [byte_view(part) for part in send.detach().split(list(send_counts))]
         incoming = [byte_view(part) for part in recv.split(list(recv_counts))]
-        self._exchange_all(outgoing, incoming, phase, describe_counts(send_counts, recv_counts))
-        return recv
+        exchange = self._start_all(outgoing, incoming, phase, describe_counts(send_counts, recv_counts))
+
+        def finish() -> torch.Tensor:
+            self._finish(exchange)
+            for peer, seconds in exchange.waited_s.items():
+                self.waits.add(peer, seconds)
+            return recv
+
+        return once(finish, phase)
 
     def all_reduce(self, tensor: torch.Tensor, phase: str, op: str = "sum") -> None:
         """In rank order, so that the result is the same for any timing: each rank reduces its part of the tensor."""
@@ -92,10 +111,11 @@ class SharedMemoryTransport:
         bounds = [len(flat) * rank // self.size for rank in range(self.size + 1)]
         counts = [end - begin for begin, end in zip(bounds, bounds[1:], strict=False)]
         mine = counts[self.rank]
-        parts = self.all_to_all_v(flat, counts, [mine] * self.size, phase).split([mine] * self.size)
+        parts = flat.new_empty((self.size, mine)).unbind(0)
+        outgoing, incoming = [byte_view(part) for part in flat.split(counts)], [byte_view(part) for part in parts]
+        self._exchange_all(outgoing, incoming, phase, describe_counts(counts, [mine] * self.size))
         reduced = byte_view(reduce_in_rank_order(parts, op))
-        results = [byte_view(part) for part in flat.split(counts)]
-        self._exchange_all([reduced] * self.size, results, phase, f"all_reduce of {len(flat)} {tensor.dtype}")
+        self._exchange_all([reduced] * self.size, outgoing, phase, f"all_reduce of {len(flat)} {tensor.dtype}")
 
     def all_gather(self, tensor: torch.Tensor, phase: str) -> torch.Tensor:
         out = tensor.new_empty((self.size, *tensor.shape))
@@ -131,10 +151,13 @@ class SharedMemoryTransport:
     # ---- moving bytes -------------------------------------------------------------------------------------------
 
     def _exchange_all(self, outgoing: list[np.ndarray], incoming: list[np.ndarray], phase: str, detail: str) -> None:
+        self._finish(self._start_all(outgoing, incoming, phase, detail))
+
+    def _start_all(self, outgoing: list[np.ndarray], incoming: list[np.ndarray], phase: str, detail: str) -> _Exchange:
         if len(outgoing[self.rank]) != len(incoming[self.rank]):
             raise ConfigError(f"{phase}: rank {self.rank} does not agree with itself, {detail}")
         incoming[self.rank][:] = outgoing[self.rank]
-        self._exchange(
+        return self._start(
             {peer: outgoing[peer] for peer in self._lanes},
             {peer: incoming[peer] for peer in self._lanes},
             phase,
@@ -144,55 +167,80 @@ class SharedMemoryTransport:
     def _exchange(
         self, outgoing: dict[int, np.ndarray], incoming: dict[int, np.ndarray], phase: str, detail: str
     ) -> None:
+        self._finish(self._start(outgoing, incoming, phase, detail))
+
+    def _start(
+        self, outgoing: dict[int, np.ndarray], incoming: dict[int, np.ndarray], phase: str, detail: str
+    ) -> _Exchange:
         """One message to each rank of `outgoing` and one from each of `incoming`, all at once, in chunks.
 
-        An empty message is sent as well. Returns when all are received and all are in the receivers' windows.
+        An empty message is sent as well. Ends the exchange that is under way first, if there is one.
         """
-        if self._unusable is not None:
-            raise RuntimeError(f"{phase}: the transport cannot be used any more: {self._unusable}")
-        until = time.monotonic() + self.deadline_s
+        self._check_usable(phase)
+        if self._latest is not None:
+            self._finish(self._latest)
         busy = {peer: self._lanes[peer] for peer in sorted({*outgoing, *incoming})}
         for peer, lane in busy.items():
             lane.begin(outgoing.get(peer), incoming.get(peer))
-        poll = select.poll()
-        for lane in busy.values():
-            poll.register(lane.socket, select.POLLIN)
         where = f"rank {self.rank}, phase {phase}" + (f", {detail}" if detail else "")
-        while True:
-            for peer, lane in list(busy.items()):
-                try:
-                    lane.work()
-                except _Lost as lost:
-                    self._unusable, self._blamed = f"phase {phase} lost rank {peer}", peer
-                    raise PeerLost(
-                        f"{where}: rank {peer} (process {lane.pid}) {lost}; look at its log", rank=peer, phase=phase
-                    ) from None
-                except _Mismatch as mismatch:
-                    self._unusable, self._blamed = f"of a mismatch in phase {phase}", peer
-                    raise MoeRuntimeError(
-                        f"{where}: rank {peer} {mismatch}; all ranks must make the same calls in the same order, "
-                        "with counts that match"
-                    ) from None
-                if lane.idle:
-                    poll.unregister(lane.socket)
-                    del busy[peer]
-            if not busy:
-                return
-            left = until - time.monotonic()
-            if left <= 0:
-                self._time_out(busy, where, phase)
-            poll.poll(1000 * left)
+        self._latest = exchange = _Exchange(busy, phase, where)
+        self._work(exchange, 0.0)
+        return exchange
 
-    def _time_out(self, busy: dict[int, _Lane], where: str, phase: str) -> NoReturn:
+    def _finish(self, exchange: _Exchange) -> None:
+        """Until all messages are received and all of this rank's are in the receivers' windows."""
+        if not exchange.busy:  # so it was at once, or a later call has ended it
+            return
+        self._check_usable(exchange.phase)
+        began, waited = time.monotonic(), 0.0
+        while exchange.busy:
+            if waited >= self.deadline_s:
+                self._time_out(exchange)
+            poll = select.poll()
+            for lane in exchange.busy.values():
+                poll.register(lane.socket, select.POLLIN)
+            poll.poll(1000 * (self.deadline_s - waited))
+            waited = time.monotonic() - began  # before rows are copied: those that lie ready are not waited for
+            self._work(exchange, waited)
+
+    def _work(self, exchange: _Exchange, waited: float) -> None:
+        """Everything that can be done now without waiting."""
+        for peer, lane in list(exchange.busy.items()):
+            try:
+                lane.work()
+            except _Lost as lost:
+                self._unusable, self._blamed = f"phase {exchange.phase} lost rank {peer}", peer
+                raise PeerLost(
+                    f"{exchange.where}: rank {peer} (process {lane.pid}) {lost}; look at its log",
+                    rank=peer,
+                    phase=exchange.phase,
+                ) from None
+            except _Mismatch as mismatch:
+                self._unusable, self._blamed = f"of a mismatch in phase {exchange.phase}", peer
+                raise MoeRuntimeError(
+                    f"{exchange.where}: rank {peer} {mismatch}; all ranks must make the same calls in the same order, "
+                    "with counts that match"
+                ) from None
+            if lane.received:
+                exchange.waited_s.setdefault(peer, waited)
+            if lane.idle:
+                del exchange.busy[peer]
+
+    def _time_out(self, exchange: _Exchange) -> NoReturn:
+        busy, phase = exchange.busy, exchange.phase
         self._unusable, self._blamed = f"phase {phase} timed out", next(iter(busy))
         progress = "; ".join(f"rank {peer}: {lane.progress()}" for peer, lane in busy.items())
         raise PeerTimeout(
-            f"{where}: waited {self.deadline_s:g} s for ranks {list(busy)} over {self.name} ({progress}); they are "
-            "stuck, stopped or in a different call (raise timeout_s if they are only slow)",
+            f"{exchange.where}: waited {self.deadline_s:g} s for ranks {list(busy)} over {self.name} ({progress}); "
+            "they are stuck, stopped or in a different call (raise timeout_s if they are only slow)",
             waiting_rank=self.rank,
             ranks=tuple(busy),
             phase=phase,
         )
+
+    def _check_usable(self, phase: str) -> None:
+        if self._unusable is not None:
+            raise RuntimeError(f"{phase}: the transport cannot be used any more: {self._unusable}")
 
     # ---- meeting ------------------------------------------------------------------------------------------------
 
@@ -258,6 +306,19 @@ class SharedMemoryTransport:
         return peer
 
 
+@dataclass
+class _Exchange:
+    """Messages that were started together.
+
+    busy: the lanes, by rank, on which something is left to do. waited_s: seconds until each rank's message was there.
+    """
+
+    busy: dict[int, _Lane]
+    phase: str
+    where: str
+    waited_s: dict[int, float] = field(default_factory=dict)
+
+
 class _Lane:
     """What joins two ranks: a socket, a mailbox to write, a mailbox to read, and one message each way under way."""
 
@@ -275,6 +336,10 @@ class _Lane:
 
     def begin(self, outgoing: np.ndarray | None, incoming: np.ndarray | None) -> None:
         self._out, self._in, self._sent, self._received = outgoing, incoming, 0, 0
+
+    @property
+    def received(self) -> bool:
+        return self._in is None
 
     @property
     def idle(self) -> bool:

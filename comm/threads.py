@@ -1,7 +1,8 @@
 """Ranks as threads of one process: for tests, notebooks and simulations of a world. No bytes leave the process.
 
-Ranks meet, read each other's tensors, and meet again before anyone may change them. Owns no device, no socket and no
-memory beyond what it returns.
+Ranks meet, read each other's tensors, and meet again before anyone may change them. An exchange that was started moves
+nothing before it is finished, or before the next meeting. Owns no device, no socket and no memory beyond what it
+returns.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple
 
 import torch
 
 from ..core.errors import ConfigError, MoeRuntimeError, PeerLost, PeerTimeout
-from .transport import check_counts, check_peer, describe_counts, reduce_in_rank_order
+from .transport import Waits, check_counts, check_peer, describe_counts, once, reduce_in_rank_order
 
 
 class ThreadWorld:
@@ -70,6 +71,15 @@ class ThreadWorld:
             self.changed.notify_all()
 
 
+class _Posted(NamedTuple):
+    """What a rank brought to a meeting, and when."""
+
+    call: str
+    phase: str
+    value: Any
+    at_s: float
+
+
 class ThreadTransport:
     """One rank of a ThreadWorld. Results do not share memory with what other ranks hold."""
 
@@ -79,18 +89,44 @@ class ThreadTransport:
         if not 0 <= rank < world.size:
             raise ConfigError(f"rank {rank} is not in 0..{world.size - 1}")
         self._world, self.rank, self.size, self.deadline_s = world, rank, world.size, world.deadline_s
+        self.waits = Waits(world.size)
+        self._started: deque[Callable[[], None]] = deque()  # exchanges not yet done, in the order of their start
         self._meeting = 0
         self._closed = False
 
     def all_to_all_v(
         self, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str
     ) -> torch.Tensor:
+        return self.start_all_to_all_v(send, send_counts, recv_counts, phase)()
+
+    def start_all_to_all_v(
+        self, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str
+    ) -> Callable[[], torch.Tensor]:
         check_counts(self, send, send_counts, recv_counts, phase)
+        self._check_open(phase)
         recv = send.new_empty((sum(recv_counts), *send.shape[1:]))
-        detail = describe_counts(send_counts, recv_counts)
-        with self._meet("all_to_all_v", (send.detach(), list(send_counts)), phase, detail) as posted:
-            for source, part in enumerate(recv.split(list(recv_counts))):
-                rows, counts = posted[source]
+        counts, parts, done = list(send_counts), recv.split(list(recv_counts)), False
+
+        def move() -> None:
+            nonlocal done
+            self._move_rows(send.detach(), counts, parts, phase)
+            done = True
+
+        def finish() -> torch.Tensor:
+            while move in self._started:
+                self._started.popleft()()
+            if not done:
+                raise RuntimeError(f"{phase}: this exchange failed in an earlier call")
+            return recv
+
+        self._started.append(move)
+        return once(finish, phase)
+
+    def _move_rows(self, send: torch.Tensor, send_counts: list[int], parts: Sequence[torch.Tensor], phase: str) -> None:
+        detail = describe_counts(send_counts, [len(part) for part in parts])
+        with self._meet_now("all_to_all_v", (send, send_counts), phase, detail) as posted:
+            for source, part in enumerate(parts):
+                rows, counts = posted[source].value
                 first = sum(counts[: self.rank])
                 if (counts[self.rank], rows.dtype, rows.shape[1:]) != (len(part), send.dtype, send.shape[1:]):
                     raise MoeRuntimeError(
@@ -99,21 +135,24 @@ class ThreadTransport:
                         f"{tuple(send.shape[1:])} {send.dtype}"
                     )
                 part.copy_(rows[first : first + len(part)])
-        return recv
+            mine = posted[self.rank].at_s
+            for peer in range(self.size):
+                if peer != self.rank:
+                    self.waits.add(peer, max(0.0, posted[peer].at_s - mine))
 
     def all_reduce(self, tensor: torch.Tensor, phase: str, op: str = "sum") -> None:
         with self._meet(f"all_reduce {op} of {tuple(tensor.shape)} {tensor.dtype}", tensor.detach(), phase) as posted:
-            total = reduce_in_rank_order(posted, op)
+            total = reduce_in_rank_order([each.value for each in posted], op)
         tensor.detach().copy_(total)
 
     def all_gather(self, tensor: torch.Tensor, phase: str) -> torch.Tensor:
         with self._meet(f"all_gather of {tuple(tensor.shape)} {tensor.dtype}", tensor.detach(), phase) as posted:
-            return torch.stack(posted)
+            return torch.stack([each.value for each in posted])
 
     def broadcast(self, tensor: torch.Tensor, root: int, phase: str) -> None:
         with self._meet(f"broadcast of {tuple(tensor.shape)} from rank {root}", tensor.detach(), phase) as posted:
             if self.rank != root:
-                tensor.detach().copy_(posted[root])
+                tensor.detach().copy_(posted[root].value)
 
     def send(self, tensor: torch.Tensor, to: int, phase: str) -> None:
         self._check_open(phase)
@@ -146,19 +185,25 @@ class ThreadTransport:
         self._closed = True
         self._world.leave(self.rank, "closed its transport")
 
+    def _meet(self, call: str, value: Any, phase: str) -> AbstractContextManager[list[_Posted]]:
+        """A meeting, after those of the exchanges started before: so all ranks come to the same ones."""
+        while self._started:
+            self._started.popleft()()
+        return self._meet_now(call, value, phase)
+
     @contextmanager
-    def _meet(self, call: str, value: Any, phase: str, detail: str = "") -> Iterator[list[Any]]:
+    def _meet_now(self, call: str, value: Any, phase: str, detail: str = "") -> Iterator[list[_Posted]]:
         """What every rank brought to this call, readable until the block ends; ends when all ranks have read."""
         self._check_open(phase)
         world = self._world
         with world.changed:
-            world.posted[self.rank] = (call, phase, value)
+            world.posted[self.rank] = _Posted(call, phase, value, time.monotonic())
             self._arrive()
             self._wait(self._missing, phase, detail)
             posted = list(world.posted)
         try:
-            self._check_same_call(call, phase, [other[:2] for other in posted])
-            yield [other[2] for other in posted]
+            self._check_same_call(call, phase, posted)
+            yield posted
         finally:  # also after an error of this rank's own: the others are done with it in this call
             with world.changed:
                 self._arrive()
@@ -193,12 +238,12 @@ class ThreadTransport:
                 )
             world.changed.wait(left)
 
-    def _check_same_call(self, call: str, phase: str, others: list[tuple[str, str]]) -> None:
-        for rank, (other_call, other_phase) in enumerate(others):
-            if other_call != call:
+    def _check_same_call(self, call: str, phase: str, posted: list[_Posted]) -> None:
+        for rank, other in enumerate(posted):
+            if other.call != call:
                 raise MoeRuntimeError(
-                    f"rank {self.rank} is in {call} (phase {phase}), rank {rank} in {other_call} "
-                    f"(phase {other_phase}): all ranks must make the same calls in the same order"
+                    f"rank {self.rank} is in {call} (phase {phase}), rank {rank} in {other.call} "
+                    f"(phase {other.phase}): all ranks must make the same calls in the same order"
                 )
 
     def _check_open(self, phase: str) -> None:

@@ -1,4 +1,4 @@
-"""The transport contract, and the two transports that exist so far.
+"""The transport contract, the transport of a world of one, and what several transports share.
 
 A transport moves rows of bytes between ranks and knows nothing of experts. Every call names a `phase`, so that an
 error can say what this rank was doing; every wait ends at the transport's deadline.
@@ -12,30 +12,70 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from ..core import environment
-from ..core.errors import ConfigError, PeerLost, PeerTimeout
-from .quirks import as_bytes, exchange_rows, needs_largest, plan_reduction, reduce_in_place
-from .vendors import VENDORS, Vendor
+from ..core.errors import ConfigError
+from .quirks import as_bytes
+
+
+class Waits:
+    """How long this rank waited for each peer's rows in all_to_all_v, in seconds; slow peers stand out.
+
+    A wait begins when this rank has sent its own rows and needs the peer's. Where a library does not say who was late,
+    all peers of that exchange are given its whole wait, and `exact` is False.
+    """
+
+    def __init__(self, size: int, exact: bool = True) -> None:
+        self.exact = exact
+        self.count, self.total_s, self.longest_s = [0] * size, [0.0] * size, [0.0] * size
+
+    def add(self, peer: int, seconds: float) -> None:
+        self.count[peer] += 1
+        self.total_s[peer] += seconds
+        self.longest_s[peer] = max(self.longest_s[peer], seconds)
+
+    def describe(self) -> str:
+        """In words, the peer waited for longest first."""
+        peers = sorted((p for p, count in enumerate(self.count) if count), key=lambda p: -self.total_s[p])
+        told = [
+            f"rank {p} {self.total_s[p]:.3f} s in {self.count[p]} exchanges (longest {self.longest_s[p]:.3f} s)"
+            for p in peers
+        ]
+        return "; ".join(told) or "nobody yet"
+
+    def take(self, peer: int, other: Waits, other_peer: int) -> None:
+        """Copy what `other` knows of `other_peer` to `peer`."""
+        for name in ("count", "total_s", "longest_s"):
+            getattr(self, name)[peer] = getattr(other, name)[other_peer]
 
 
 class Transport(Protocol):
     """What dispatch, combine, gradient sums and saving need from a way to reach other ranks.
 
-    Counts are rows along dimension 0. Tensors are contiguous and live on the transport's device. All ranks make
-    the same calls in the same order. Every call raises PeerLost or PeerTimeout, naming the phase.
+    Counts are rows along dimension 0. Tensors are contiguous and live on the CPU or on the transport's device; results
+    are where the input was. All ranks make the same calls in the same order. Every call raises PeerLost or
+    PeerTimeout, naming the phase.
     """
 
     name: str
     rank: int
     size: int
     deadline_s: float
+    waits: Waits
 
     def all_to_all_v(
         self, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str
     ) -> torch.Tensor:
         """Rows `send` [sum(send_counts), ...], grouped by destination, to rows grouped by source."""
+        ...
+
+    def start_all_to_all_v(
+        self, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str
+    ) -> Callable[[], torch.Tensor]:
+        """Begin an all_to_all_v; the returned function waits for it and gives the rows, once.
+
+        Until then `send` must not be written to. Other calls may come between; all ranks start and finish alike.
+        Transports that cannot move rows meanwhile do all the work when it is finished.
+        """
         ...
 
     def all_reduce(self, tensor: torch.Tensor, phase: str, op: str = "sum") -> None:
@@ -68,11 +108,17 @@ class LocalTransport:
 
     def __init__(self, deadline_s: float = 300.0) -> None:
         self.deadline_s = deadline_s
+        self.waits = Waits(1)
 
     def all_to_all_v(
         self, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str
     ) -> torch.Tensor:
         return send
+
+    def start_all_to_all_v(
+        self, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str
+    ) -> Callable[[], torch.Tensor]:
+        return once(lambda: send, phase)
 
     def all_reduce(self, tensor: torch.Tensor, phase: str, op: str = "sum") -> None:
         pass
@@ -96,120 +142,16 @@ class LocalTransport:
         pass
 
 
-_REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN, "avg": dist.ReduceOp.AVG}
+def once(finish: Callable[[], Any], phase: str) -> Callable[[], Any]:
+    """`finish`, which may be called a single time: a second call raises RuntimeError."""
+    calls = iter((finish,))
 
+    def call() -> Any:
+        for function in calls:
+            return function()
+        raise RuntimeError(f"{phase}: this exchange has been finished already")
 
-class TorchTransport:
-    """torch.distributed over one process group, which carries the deadline, within the limits of one vendor's library.
-
-    vendor: whose documented limits are applied (comm/quirks.py): sizes padded, payloads as bytes, reductions in a
-    dtype that the library has. emulated: gloo on host memory stands in for that library.
-    """
-
-    def __init__(
-        self,
-        group: Any,
-        deadline_s: float,
-        owns_default_group: bool,
-        vendor: Vendor = VENDORS["cpu"],
-        emulated: bool = False,
-    ) -> None:
-        self._group = group
-        self._owns_default_group = owns_default_group
-        self.vendor = vendor
-        self.name = f"torch.distributed:{dist.get_backend(group)}" + (
-            f" standing in for {vendor.collective_library.value} (emulated)" if emulated else ""
-        )
-        self.rank = dist.get_rank(group)
-        self.size = dist.get_world_size(group)
-        self.deadline_s = deadline_s
-
-    def all_to_all_v(
-        self, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str
-    ) -> torch.Tensor:
-        row_bytes = as_bytes(send[:0]).shape[1]
-        largest = None
-        if needs_largest(self.vendor):  # one more exchange: no rank knows what two others send each other
-            agreed = torch.tensor([row_bytes * max(*send_counts, *recv_counts)], dtype=torch.int32)
-            self.all_reduce(agreed, f"{phase} (largest message)", "max")
-            largest = int(agreed)
-        detail = describe_counts(send_counts, recv_counts)
-
-        def call(received: torch.Tensor, sent: torch.Tensor, recv_splits: list[int], send_splits: list[int]) -> None:
-            self._run(
-                lambda: dist.all_to_all_single(received, sent, recv_splits, send_splits, group=self._group),
-                phase,
-                detail,
-            )
-
-        limit = environment.presized_all_to_all_bytes()
-        return exchange_rows(self.vendor, send, send_counts, recv_counts, call, largest, limit)
-
-    def all_reduce(self, tensor: torch.Tensor, phase: str, op: str = "sum") -> None:
-        reduce_in_place(
-            tensor,
-            plan_reduction(self.vendor, tensor.dtype, op, self.size),
-            lambda work, name: self._run(lambda: dist.all_reduce(work, _REDUCE_OPS[name], group=self._group), phase),
-        )
-
-    def all_gather(self, tensor: torch.Tensor, phase: str) -> torch.Tensor:
-        out = tensor.new_empty((self.size, *tensor.shape))
-        self._run(lambda: dist.all_gather(list(out.unbind(0)), tensor, group=self._group), phase)
-        return out
-
-    def broadcast(self, tensor: torch.Tensor, root: int, phase: str) -> None:
-        self._run(lambda: dist.broadcast(as_bytes(tensor), group_src=root, group=self._group), phase)
-
-    def send(self, tensor: torch.Tensor, to: int, phase: str) -> None:
-        self._run(lambda: dist.send(as_bytes(tensor), group_dst=to, group=self._group), phase, f"for rank {to}")
-
-    def recv(self, tensor: torch.Tensor, source: int, phase: str) -> None:
-        self._run(lambda: dist.recv(as_bytes(tensor), group_src=source, group=self._group), phase, f"for rank {source}")
-
-    def barrier(self, phase: str) -> None:
-        # dist.barrier takes no deadline on gloo; a one-element sum does.
-        self.all_reduce(torch.zeros(1), phase)
-
-    def close(self) -> None:
-        # Let go of the group as well: gloo's worker threads end with its last reference, and one that is still about
-        # when the interpreter shuts down aborts the process (seen: one generation in ten).
-        group, self._group = self._group, None
-        if group is None or not dist.is_initialized():
-            return
-        dist.destroy_process_group(None if self._owns_default_group else group)
-
-    def _run(self, operation: Any, phase: str, detail: str = "") -> None:
-        if self._group is None:
-            raise RuntimeError(f"{phase}: the transport is closed")
-        try:
-            operation()
-        except RuntimeError as error:
-            raise _translate(error, self, phase, detail) from error
-
-
-def _translate(error: RuntimeError, transport: Transport, phase: str, detail: str) -> Exception:
-    """Turn gloo's RuntimeErrors into PeerTimeout and PeerLost; leave others as they are.
-
-    gloo reports the address of a peer, not its rank, so the ranks named are all that this rank may have waited for.
-    """
-    text = str(error)
-    others = tuple(rank for rank in range(transport.size) if rank != transport.rank)
-    where = f"rank {transport.rank}, phase {phase}" + (f", {detail}" if detail else "")
-    if "imed out" in text or "imeout" in text:
-        return PeerTimeout(
-            f"{where}: waited {transport.deadline_s:g} s for ranks {list(others)} over {transport.name}; "
-            "one of them is stuck, stopped or in a different call (raise timeout_s if it is only slow)",
-            waiting_rank=transport.rank,
-            ranks=others,
-            phase=phase,
-        )
-    if any(mark in text for mark in ("onnection closed", "onnection reset", "roken pipe", "ead error", "rite error")):
-        lost = others[0] if len(others) == 1 else None
-        named = f"rank {lost}" if lost is not None else f"one of ranks {list(others)}"
-        return PeerLost(
-            f"{where}: {named} closed its connection ({transport.name}); look at its log", rank=lost, phase=phase
-        )
-    return error
+    return call
 
 
 def deadline(seconds: float) -> timedelta:

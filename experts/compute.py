@@ -43,7 +43,7 @@ def grouped_experts(
     if outputs:
         return torch.cat(outputs)
     # No row for any slot: still a function of the parameters, so that backward reaches the exchange on every rank.
-    touched = sum((p.reshape(-1)[:0].float().sum() for p in module.parameters()), torch.zeros(()))
+    touched = sum((p.reshape(-1)[:0].float().sum() for p in module.parameters()), pairs.new_zeros(()))
     return pairs + touched.to(pairs.dtype)
 
 

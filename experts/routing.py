@@ -29,8 +29,11 @@ class ReplicaChooser:
         self._ends_EX = torch.from_numpy(ends)
 
     def choose(self, topk_ids_TK: torch.Tensor) -> torch.Tensor:
-        """topk_ids [T, K] integer expert ids (-1 = not selected) to slots [T, K] int64 (-1 stays -1)."""
-        ids = topk_ids_TK.to(torch.int64)
+        """topk_ids [T, K] integer expert ids (-1 = not selected) to slots [T, K] int64 (-1 stays -1), on the CPU.
+
+        The plan that follows is made on the CPU, and some devices have no float64.
+        """
+        ids = topk_ids_TK.to("cpu", torch.int64)
         if self._slots_EX.shape[1] == 1:
             slots = self._slots_EX[:, 0].index_select(0, ids.clamp(min=0).view(-1)).view_as(ids)
         else:

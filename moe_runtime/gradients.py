@@ -48,9 +48,9 @@ def clip_grad_norm(model: torch.nn.Module, transport: Transport, max_norm: float
     for layer, parameters in experts.items():
         first = _first_replicas(layer)
         for parameter in parameters:
-            square += _gradient(parameter)[first].double().pow(2).sum()
+            square += _square_sum(_gradient(parameter)[first])
     transport.all_reduce(square, "gradient norm")
-    square += sum(_gradient(p).double().pow(2).sum() for p in dense)
+    square += sum(_square_sum(_gradient(p)) for p in dense)
     norm = float(square.sqrt())
     if norm > max_norm:
         scale = max_norm / (norm + 1e-6)
@@ -58,6 +58,12 @@ def clip_grad_norm(model: torch.nn.Module, transport: Transport, max_norm: float
             if parameter.grad is not None:
                 parameter.grad.mul_(scale)
     return norm
+
+
+def _square_sum(gradient: torch.Tensor) -> float:
+    # In float64 where that exists; Biren's devices have none.
+    wide = gradient.double() if gradient.device.type in ("cpu", "cuda") else gradient.float()
+    return float(wide.pow(2).sum())
 
 
 def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:

@@ -60,10 +60,8 @@ class ExpertParallel:
 
     def idle_exchange(self, chain: torch.Tensor) -> torch.Tensor:
         """Take part with no token of one's own. `chain` [0, H] ties successive layers' backward passes together."""
-        top_k = self.moe_runtime_layer.dispatcher.top_k
-        return self.exchange(
-            chain, torch.empty(0, top_k, dtype=torch.int64), torch.empty(0, top_k, dtype=torch.float32), IDLE
-        )
+        nothing = chain.new_empty(0, self.moe_runtime_layer.dispatcher.top_k)
+        return self.exchange(chain, nothing.long(), nothing.float(), IDLE)
 
     def _compute(self, rows: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
         layer = self.moe_runtime_layer
@@ -72,7 +70,7 @@ class ExpertParallel:
             ids = handle.topk_slots.masked_fill(handle.topk_slots < 0, self.num_experts).to(torch.int64)
             return super().forward(rows, ids, handle.topk_weights)
         if handle.expand:
-            identity = torch.arange(rows.shape[0])
+            identity = torch.arange(rows.shape[0], device=rows.device)
             return grouped_experts(self, rows, identity, handle.rows_per_slot)
         outputs = grouped_experts(self, rows, handle.row_index, handle.rows_per_slot)
         weights_M = handle.topk_weights[handle.row_index, handle.choice_index]

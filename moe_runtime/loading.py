@@ -249,7 +249,7 @@ def finish(model: PreTrainedModel, device: torch.device, folder: Path) -> None:
 
 
 def fill_fresh(model: PreTrainedModel, dtype: torch.dtype, device: torch.device, rank: int, seed: int) -> None:
-    """Random weights by transformers' own initialisation.
+    """Random weights by transformers' own initialisation, drawn on the CPU: no device's generator has a say.
 
     An expert's weights depend on the seed, its layer and its number only, never on the number of ranks. The caller
     broadcasts the non-expert tensors from rank 0.
@@ -261,7 +261,7 @@ def fill_fresh(model: PreTrainedModel, dtype: torch.dtype, device: torch.device,
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         kind = dtype_of(name) if value.is_floating_point() else value.dtype
-        fresh = torch.zeros(value.shape, dtype=kind, device=device)
+        fresh = torch.zeros(value.shape, dtype=kind)
         if leaf in module._buffers:
             module._buffers[leaf] = fresh
         else:
@@ -270,7 +270,7 @@ def fill_fresh(model: PreTrainedModel, dtype: torch.dtype, device: torch.device,
             parameter._is_hf_initialized = name.startswith(experts)
             setattr(module, leaf, parameter)
     model.tie_weights()
-    model._move_missing_keys_from_meta_to_device(set(), {"": device}, None, None)
+    model._move_missing_keys_from_meta_to_device(set(), {"": torch.device("cpu")}, None, None)
     model._initialize_missing_keys(False)
     std = getattr(model.config.get_text_config(), "initializer_range", 0.02)
     for module_name, module in experts_modules(model).items():
@@ -284,4 +284,4 @@ def fill_fresh(model: PreTrainedModel, dtype: torch.dtype, device: torch.device,
                     part.zero_()
                 else:
                     part.copy_(torch.empty(part.shape).normal_(0.0, std, generator=generator))
-    model.eval()
+    model.to(device).eval()

@@ -33,7 +33,7 @@ class ExpertParallelModel:
         """Take part in one forward pass with no token. Returns an empty tensor whose backward takes part as well."""
         layers = expert_layers(self)
         dispatcher = layers[0].moe_runtime_layer.dispatcher
-        chain = torch.zeros(0, dispatcher.hidden_size, dtype=dispatcher.dtype, requires_grad=torch.is_grad_enabled())
+        chain = dispatcher.no_rows().requires_grad_(torch.is_grad_enabled())
         for layer in layers:
             chain = layer.idle_exchange(chain)
         return chain
@@ -54,7 +54,8 @@ def expert_parallel_model_class(base: type) -> type:
         if ids is None or ids.numel():
             return base.forward(self, *args, **kwargs)
         chain = self.run_without_tokens()
-        logits = torch.zeros(*ids.shape, self.config.get_text_config().vocab_size, dtype=chain.dtype)
+        vocabulary = self.config.get_text_config().vocab_size
+        logits = torch.zeros(*ids.shape, vocabulary, dtype=chain.dtype, device=chain.device)
         loss = chain.sum().float() if kwargs.get("labels") is not None else None
         return CausalLMOutputWithPast(loss=loss, logits=logits + chain.sum())
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,12 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 
 from . import gradients, loading, saving
 from .checkpoint import CheckpointReader
-from .comm.detect import detect
+from .comm import formats, staging
 from .comm.dispatch import IDLE, Dispatcher, DispatchHandle
-from .comm.islands import EMULATED, CompositeTransport
+from .comm.islands import CompositeTransport, Place
+from .comm.nodes import NodeDispatcher
+from .comm.place import find_place
 from .comm.rendezvous import connect
-from .comm.vendors import VENDORS
 from .comm.wire import all_gather_message
 from .core import environment, native
 from .core.cluster import Cluster, load_cluster
@@ -66,16 +68,22 @@ class Runtime:
             )
         self.world = world
         about = {"moe_runtime": PROTOCOL, "cluster": self._cluster.digest() if self._cluster else 0}
-        kinds = _island_kinds(self._cluster, world.size)
-        transport = "islands" if config.transport == "auto" and len(set(kinds)) > 1 else config.transport
-        self.transport = connect(world, config.timeout_s, transport, about, kinds)
+        self.place, self._notes = _find_place(config, self._cluster, world)
+        transport = "islands" if config.transport == "auto" and _may_differ(self._cluster) else config.transport
+        self.transport = connect(world, config.timeout_s, transport, about, self.place)
         atexit.register(self.transport.close)  # for scripts that end without close()
         self.rank, self.size = self.transport.rank, self.transport.size
-        self.device = torch.device(config.device)
+        self.device = self.place.device
+        # What every rank can read and write on the wire, and who it is: dispatchers agree on formats from it.
+        claims = formats.claimed(self.place.vendor)
+        if not self.place.emulated:
+            claims = formats.seen(claims, self.device)
+        said = all_gather_message(self.transport, [self.place.kind, claims], "rendezvous (wire formats)")
+        self._rank_names = [f"rank {rank} ({kind})" for rank, (kind, _) in enumerate(said)]
+        self._claims = [claims for _, claims in said]
         self.view = View(0, tuple(range(self.size)), None)
-        self._dispatchers: dict[tuple, Dispatcher] = {}
+        self._dispatchers: dict[tuple, Dispatcher | NodeDispatcher] = {}
         self._join_depth = 0
-        self._notes: list[str] = []
 
     # ---- models -------------------------------------------------------------------------------------------------
 
@@ -175,10 +183,15 @@ class Runtime:
     def _rank_speeds(self) -> list[float]:
         return self._cluster.rank_speeds() if self._cluster else [1.0] * self.size
 
-    def _dispatcher(self, placement: Placement, hidden: int, top_k: int, dtype: torch.dtype) -> Dispatcher:
+    def _dispatcher(
+        self, placement: Placement, hidden: int, top_k: int, dtype: torch.dtype
+    ) -> Dispatcher | NodeDispatcher:
         key = (placement.digest(), hidden, top_k, dtype)
         if key not in self._dispatchers:
-            self._dispatchers[key] = Dispatcher(
+            wanted = [word.strip() for word in self.config.wire_format.split(",")]
+            nodes = self._rank_nodes()
+            make = Dispatcher if nodes is None else functools.partial(NodeDispatcher, rank_node=nodes)
+            self._dispatchers[key] = make(
                 self.transport,
                 placement.slot_rank,
                 hidden_size=hidden,
@@ -186,8 +199,21 @@ class Runtime:
                 top_k=top_k,
                 dtype=dtype,
                 placement_digest=placement.digest(),
+                device=self.device,
+                formats=formats.agree(wanted, self._claims, dtype, self._rank_names),
             )
         return self._dispatchers[key]
+
+    def _rank_nodes(self) -> list[int] | None:
+        """The node of each rank, where there are several and some have several ranks; None: no rank shares its node.
+
+        One row per (token, expert) goes home where sums must not depend on the placement: nothing is summed on the way.
+        """
+        if self._cluster is None or self.config.per_expert_sums:
+            return None
+        names = [node.name for node in self._cluster.rank_nodes()]
+        nodes = list(dict.fromkeys(names))
+        return [nodes.index(name) for name in names] if 1 < len(nodes) < len(names) else None
 
     def dispatcher(
         self,
@@ -234,7 +260,7 @@ class Runtime:
     def _idle_until_all_idle(self, model: PreTrainedModel) -> None:
         first, *rest = expert_layers(model)
         dispatcher = first.moe_runtime_layer.dispatcher
-        nothing = torch.zeros(0, dispatcher.hidden_size, dtype=dispatcher.dtype)
+        nothing = dispatcher.no_rows()
         with torch.no_grad():
             while True:
                 first.idle_exchange(nothing)
@@ -286,17 +312,16 @@ class Runtime:
             lines.append(
                 f"view {self.view.number}: slots per rank {counts} for {self.view.placement.num_experts} experts"
             )
-        found = detect()
-        lines.append(f"vendor detected: {found.vendor} ({found.evidence})")
-        if found.vendor != "cpu":
-            lines.append("note: that device is not used yet; this rank computes on its CPU")
-        lines += [f"note: {note}" for note in found.notes]
+        lines.append(f"place: {self.place.kind}, device {self.device}")
         if isinstance(self.transport, CompositeTransport):
             lines += self.transport.describe()
-            if any(kind.endswith(EMULATED) for kind in self.transport.islands.kinds):
-                lines.append(
-                    "emulated islands: gloo on host memory stands in for the vendor; its limits are not applied"
-                )
+        if self.device.type != "cpu":
+            lines.append(staging.describe(self.device))
+        for (_, hidden, _, dtype), dispatcher in self._dispatchers.items():
+            lines.append(f"dispatch of [T, {hidden}] {dtype}: {dispatcher.describe()}")
+            lines += formats.describe(dispatcher.formats, self._claims, dtype)
+        if self.size > 1:
+            lines.append(f"waited in exchanges of rows for: {self.transport.waits.describe()}")
         return "\n".join(lines + [f"note: {note}" for note in self._notes])
 
     def close(self) -> None:
@@ -331,7 +356,23 @@ class ExpertDispatcher:
 
         `handle` of an earlier dispatch with the same ids on every rank skips the counts exchange.
         """
+        return self.start_dispatch(x_TH, topk_ids_TK, topk_weights_TK, expand=expand, handle=handle)()
+
+    def start_dispatch(
+        self,
+        x_TH: torch.Tensor,
+        topk_ids_TK: torch.Tensor,
+        topk_weights_TK: torch.Tensor,
+        *,
+        expand: bool = True,
+        handle: DispatchHandle | None = None,
+    ) -> Callable[[], tuple[torch.Tensor, DispatchHandle]]:
+        """Begin a dispatch; the function that it returns waits for the rows and gives (rows, handle), once.
+
+        Meanwhile the caller may compute (a shared expert) or start another (a second half of the batch).
+        """
         self._dispatcher.check(x_TH, topk_ids_TK, topk_weights_TK)
+        topk_ids_TK = topk_ids_TK.cpu()
         out_of_range = (topk_ids_TK < -1) | (topk_ids_TK >= self.placement.num_experts)
         if out_of_range.any():
             token, k = out_of_range.nonzero()[0].tolist()
@@ -340,30 +381,41 @@ class ExpertDispatcher:
                 f"(0..{self.placement.num_experts - 1}, or -1)"
             )
         slots = self._chooser.choose(topk_ids_TK)
-        return self._dispatcher.dispatch(x_TH, slots, topk_weights_TK, expand=expand, tag=self._layer, handle=handle)
+        return self._dispatcher.start_dispatch(
+            x_TH, slots, topk_weights_TK, expand=expand, tag=self._layer, handle=handle
+        )
 
     def combine(self, expert_out: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
         """See comm.dispatch.Dispatcher.combine."""
         return self._dispatcher.combine(expert_out, handle)
 
+    def start_combine(self, expert_out: torch.Tensor, handle: DispatchHandle) -> Callable[[], torch.Tensor]:
+        """Begin a combine; the function that it returns waits for the results and gives y_TH, once."""
+        return self._dispatcher.start_combine(expert_out, handle)
 
-def _island_kinds(cluster: Cluster | None, size: int) -> list[str]:
-    """What makes ranks one island: their vendor, and whether it is emulated. "auto" is cpu until devices are detected.
 
-    Raises VendorUnavailable for a vendor that is neither cpu nor emulated: its plug-in is not driven yet.
-    """
+def _find_place(
+    config: RuntimeConfig, cluster: Cluster | None, world: environment.WorldEnvironment
+) -> tuple[Place, list[str]]:
     if cluster is None:
-        return ["cpu"] * size
-    for node in cluster.nodes:
-        for name in (node.emulate, node.vendor):
-            if name not in (None, "auto", *VENDORS):
-                raise ConfigError(f"node {node.name}: no vendor is called {name!r}; known: {', '.join(VENDORS)}")
-        if not node.emulate and node.vendor not in ("auto", "cpu"):
-            raise VendorUnavailable(
-                f'node {node.name}: vendor {node.vendor!r} cannot be used yet; set vendor = "cpu", or '
-                f'emulate = "{node.vendor}" to have CPU ranks stand in for it'
-            )
-    return [node.emulate + EMULATED if node.emulate else "cpu" for node in cluster.rank_nodes()]
+        return find_place(config.device, index=world.local_rank, deadline_s=config.timeout_s)
+    node = cluster.rank_nodes()[world.rank]
+    try:
+        return find_place(
+            config.device, node.vendor, node.emulate, cluster.index_in_node(world.rank), node.island, config.timeout_s
+        )
+    except (ConfigError, VendorUnavailable) as error:
+        advice = "" if node.emulate else f'; to have CPU ranks emulate one, set emulate = "{node.vendor}"'
+        raise type(error)(f"node {node.name}: {error}{advice}") from error
+
+
+def _may_differ(cluster: Cluster | None) -> bool:
+    """Whether ranks may be of several islands: as the cluster file says, or as hosts may find out for themselves."""
+    if cluster is None:
+        return False
+    labels = {(node.emulate, node.vendor, node.island) for node in cluster.nodes}
+    detected_apart = len({node.host for node in cluster.nodes if node.vendor == "auto" and not node.emulate}) > 1
+    return len(labels) > 1 or detected_apart
 
 
 def _read_config(path: Path) -> PretrainedConfig:

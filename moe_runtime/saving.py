@@ -176,7 +176,7 @@ class _ShardWriter:
 
     def _flush(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.contiguous() for name, tensor in self._pending.items()}
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in self._pending.items()}
         save_file(tensors, self.folder / self._temporary(len(self._shards)), metadata={"format": "pt"})
         self._shards.append(list(self._pending))
         self._pending.clear()

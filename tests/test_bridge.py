@@ -34,18 +34,19 @@ def exchanges() -> str:
 def check_exchanges(settings: dict) -> str:
     """Every call of the contract, with values that say where they come from; returns the transport's name."""
     with moe_runtime.init(settings) as runtime:
-        transport, rank, size = runtime.transport, runtime.rank, runtime.size
+        transport, rank, size, device = runtime.transport, runtime.rank, runtime.size, runtime.device
         counts = [(rank + peer) % 3 for peer in range(size)]  # symmetric: what I send to p is what p sends to me
-        rows = torch.full((sum(counts), 5), float(rank), dtype=torch.bfloat16)
+        rows = torch.full((sum(counts), 5), float(rank), dtype=torch.bfloat16, device=device)
         got = transport.all_to_all_v(rows, counts, counts, "test")
         assert got[:, 0].tolist() == [float(peer) for peer in range(size) for _ in range(counts[peer])]
-        large = torch.arange(3_000_000, dtype=torch.float32) + rank  # 12 MB: many chunks
+        large = torch.arange(3_000_000, dtype=torch.float32, device=device) + rank  # 12 MB: many chunks
         everyone = transport.all_gather(large, "test")
         assert all(torch.equal(everyone[peer], large - rank + peer) for peer in range(size))
-        total = torch.tensor(float(rank))
-        transport.all_reduce(total, "test")
-        assert total == sum(range(size))
-        word = torch.tensor([7 if rank == 1 else 0])
+        for kind in (torch.float32, torch.bfloat16, torch.int64):
+            total = torch.tensor(rank, dtype=kind, device=device)
+            transport.all_reduce(total, "test")
+            assert total == sum(range(size)), kind
+        word = torch.tensor([7 if rank == 1 else 0], device=device)
         transport.broadcast(word, 1, "test")
         assert word == 7
         if rank == 0:

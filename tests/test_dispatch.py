@@ -485,14 +485,14 @@ def step_with_death(phase: str, dying: int) -> tuple[str, str, float]:
     case = Case(tokens=(6,), hidden=64)
     with moe_runtime.init({"timeout_s": DEADLINE_S}) as runtime:
         if runtime.rank == dying:
-            exchange = runtime.transport.all_to_all_v
+            exchange = runtime.transport.start_all_to_all_v  # all_to_all_v goes through it as well
 
             def dies(send, send_counts, recv_counts, name):
                 if name == phase:
                     os._exit(17)
                 return exchange(send, send_counts, recv_counts, name)
 
-            runtime.transport.all_to_all_v = dies
+            runtime.transport.start_all_to_all_v = dies
         placement = case.placement(runtime.size)
         dispatcher = runtime.dispatcher(case.hidden, case.experts, case.top_k, case.dtype, placement)
         x, ids, weights = case.tokens_of(runtime.rank)
@@ -663,13 +663,13 @@ def test_close_ends_the_transports_threads():
 def dispatches_again(expand: bool) -> int:
     with moe_runtime.init({"timeout_s": 20}) as runtime:
         calls = []
-        exchange = runtime.transport.all_to_all_v
+        exchange = runtime.transport.start_all_to_all_v  # all_to_all_v goes through it as well
 
         def counting(send, send_counts, recv_counts, phase):
             calls.append(phase)
             return exchange(send, send_counts, recv_counts, phase)
 
-        runtime.transport.all_to_all_v = counting
+        runtime.transport.start_all_to_all_v = counting
         dispatcher = runtime.dispatcher(hidden_size=8, num_experts=6, top_k=2)
         generator = torch.Generator().manual_seed(runtime.rank)
         ids, weights = torch.randint(0, 6, (5, 2), generator=generator), torch.rand(5, 2, generator=generator)

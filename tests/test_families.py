@@ -57,15 +57,15 @@ def check_rank(folder: Path, split: list[int], settings: dict) -> dict:
         model = runtime.load_model(folder / "model", dtype=torch.float32)
         start = sum(split[: runtime.rank])
         mine = slice(start, start + split[runtime.rank])
-        ids = expected["ids"][mine]
+        ids = expected["ids"][mine].to(runtime.device)
 
         logits = model(ids).logits
-        torch.testing.assert_close(logits, expected["logits"][mine], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logits.cpu(), expected["logits"][mine], rtol=1e-5, atol=1e-5)
         total = expected["ids"][:, 1:].numel()
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum") / total
         loss.backward()
         runtime.sync_gradients(model)
-        whole_loss = loss.detach().clone().view(1)
+        whole_loss = loss.detach().cpu().clone().view(1)
         runtime.transport.all_reduce(whole_loss, "test loss")
         torch.testing.assert_close(whole_loss, expected["loss"], rtol=1e-5, atol=1e-5)
         compared = compare_gradients(model, expected, runtime)
@@ -73,7 +73,7 @@ def check_rank(folder: Path, split: list[int], settings: dict) -> dict:
         with torch.no_grad():
             tokens = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False)
         if len(ids):
-            assert torch.equal(tokens, expected["tokens"][mine])
+            assert torch.equal(tokens.cpu(), expected["tokens"][mine])
         return {"compared": compared, "load": runtime.load(model).sum().item()}
 
 
@@ -86,12 +86,12 @@ def compare_gradients(model, expected: dict, runtime) -> int:
         reference = expected.get(f"grad.{name}")
         owner = next((layer for prefix, layer in experts.items() if name.startswith(prefix)), None)
         if reference is None:  # a parameter that one process gives no gradient either
-            assert parameter.grad is None or not parameter.grad.any(), name
+            assert parameter.grad is None or not parameter.grad.cpu().any(), name
             continue
         if owner is not None:
             reference = reference[owner.placement.rank_experts(owner.index, runtime.rank)]
         torch.testing.assert_close(
-            parameter.grad, reference, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"gradient of {name}: {m}"
+            parameter.grad.cpu(), reference, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"gradient of {name}: {m}"
         )
         compared += 1
     return compared

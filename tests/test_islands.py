@@ -1,10 +1,16 @@
-"""Islands of emulated vendors and a CPU island, joined over the bridge: one world, and native rows never leave home."""
+"""Islands of emulated vendors and a CPU island, joined over the bridge: one world, and native rows never leave home.
+
+Emulated: each vendor's device is host memory behind PyTorch's PrivateUse1, its collective library is gloo under the
+vendor's documented limits. Rows are device tensors all the way.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from families import write_checkpoint
 from ranks import run_ranks
 from test_bridge import check_exchanges, rank_goes_missing
 from test_families import SPLITS, check_rank, write_oracle
@@ -34,6 +40,10 @@ speed = 2
 """
 
 
+# Three vendors and a CPU, a rank each; 16 experts as 5, 3, 3, 5.
+THREE_VENDORS = CLUSTER.replace('name = "c"\nemulate = "ascend"', 'name = "c"\nemulate = "moore_threads"')
+
+
 @pytest.fixture
 def cluster(tmp_path) -> str:
     (tmp_path / "cluster.toml").write_text(CLUSTER)
@@ -48,35 +58,92 @@ def test_islands_are_maximal_and_in_rank_order():
     assert islands.leaders() == (0, 1, 3)
 
 
+@pytest.mark.parametrize("nodes", [CLUSTER, THREE_VENDORS], ids=["two of one vendor", "three vendors and a CPU"])
 @pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v4"])
-def test_one_model_over_four_ranks_on_three_islands_equals_one_process(tmp_path, cluster, family):
+def test_one_model_over_four_ranks_on_islands_equals_one_process(tmp_path, family, nodes):
+    (tmp_path / "cluster.toml").write_text(nodes)
     write_oracle(tmp_path, family)
-    run_ranks(check_rank, 4, tmp_path, SPLITS[4], {"cluster": cluster})
+    run_ranks(check_rank, 4, tmp_path, SPLITS[4], {"cluster": str(tmp_path / "cluster.toml")})
 
 
-def looks_around(cluster: str) -> tuple[str, int, dict]:
+STEPS, LEARNING_RATE = 4, 2e-3
+
+
+def losses_of(model, ids: torch.Tensor, total: int, sync, whole) -> list[float]:
+    """AdamW steps on the rank's sequences; the loss of each step over all ranks."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, foreach=False)
+    losses = []
+    for _ in range(STEPS):
+        logits = model(ids).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum") / total
+        optimizer.zero_grad()
+        loss.backward()
+        sync(model)
+        optimizer.step()
+        losses.append(whole(loss.detach()))
+    return losses
+
+
+def trains(folder, cluster: str) -> tuple[list[float], str, dict]:
+    with moe_runtime.init({"cluster": cluster, "timeout_s": 60}) as runtime:
+
+        def whole(loss: torch.Tensor) -> float:
+            value = loss.cpu().view(1)
+            runtime.transport.all_reduce(value, "test loss")
+            return float(value)
+
+        ids = torch.load(folder / "ids.pt", weights_only=True)
+        model = runtime.load_model(folder / "model", dtype=torch.float32)
+        mine = ids[runtime.rank : runtime.rank + 1].to(runtime.device)
+        losses = losses_of(model, mine, ids[:, 1:].numel(), runtime.sync_gradients, whole)
+        assert {p.device.type for p in model.parameters()} == {runtime.device.type}
+        return losses, str(runtime.device), runtime.transport.bytes_sent
+
+
+@pytest.mark.parametrize("nodes", [CLUSTER, THREE_VENDORS], ids=["two of one vendor", "three vendors and a CPU"])
+def test_a_model_on_islands_trains_to_the_same_loss_as_one_process(tmp_path, nodes):
+    (tmp_path / "cluster.toml").write_text(nodes)
+    torch.set_num_threads(1)
+    model = write_checkpoint(tmp_path / "model", "deepseek_v3")
+    ids = torch.randint(2, 128, (4, 16), generator=torch.Generator().manual_seed(3))
+    torch.save(ids, tmp_path / "ids.pt")
+    expected = losses_of(model, ids, ids[:, 1:].numel(), lambda model: None, float)
+    assert expected[-1] < 0.9 * expected[0]
+    for rank, (losses, device, sent) in enumerate(run_ranks(trains, 4, tmp_path, str(tmp_path / "cluster.toml"))):
+        torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+        assert device == ["npu:0", "supa:0", "npu:0" if nodes is CLUSTER else "musa:0", "cpu"][rank]
+        assert sent["bridge"] > 0 and (sent["native"] > 0) == (nodes is CLUSTER and device == "npu:0")
+
+
+def looks_around(cluster: str) -> tuple[str, int, dict, dict]:
     with moe_runtime.init({"cluster": cluster, "timeout_s": 30}) as runtime:
         transport = runtime.transport
         # One row to every rank, itself included.
-        transport.all_to_all_v(torch.zeros(4, 3), [1] * 4, [1] * 4, "test")
+        rows = torch.full((4, 3), float(runtime.rank), device=runtime.device)
+        got = transport.all_to_all_v(rows, [1] * 4, [1] * 4, "test")
+        assert got.device == rows.device and got[:, 0].tolist() == [0, 1, 2, 3]
         world = dist.get_world_size() if dist.is_initialized() else 1
-        return runtime.describe(), world, transport.rows_sent
+        group = getattr(transport._native, "_group", None)
+        return runtime.describe(), world, transport.bytes_sent, dict(getattr(group, "calls", {}))
 
 
 def test_torch_distributed_never_spans_islands_and_native_rows_stay_inside(cluster):
     seen = run_ranks(looks_around, 4, cluster)
-    assert [world for _, world, _ in seen] == [2, 1, 2, 1]
-    assert [rows for _, _, rows in seen] == [
-        {"native": 1, "bridge": 2},
-        {"native": 0, "bridge": 3},
-        {"native": 1, "bridge": 2},
-        {"native": 0, "bridge": 3},
+    assert [world for _, world, _, _ in seen] == [2, 1, 2, 1]
+    assert [rows for _, _, rows, _ in seen] == [
+        {"native": 12, "bridge": 24},
+        {"native": 0, "bridge": 36},
+        {"native": 12, "bridge": 24},
+        {"native": 0, "bridge": 36},
     ]
+    # The emulated HCCL was asked once on each of its two ranks, and refuses members of any other vendor.
+    assert [calls for _, _, _, calls in seen] == [{"all_to_all_single": 1}, {}, {"all_to_all_single": 1}, {}]
     told = seen[0][0].splitlines()
     assert "islands: ascend (emulated) [0, 2]; biren (emulated) [1]; cpu [3]" in told
     row = next(line for line in told if line.startswith("rank 0 ") and "bridge" in line)
     assert row.split("  ")[-1].strip() == "bridge" and "self" in row and "ascend (emulated)" in row
-    assert any("stands in for the vendor" in line for line in told)
+    assert "place: ascend (emulated), device npu:0" in told
+    assert any("emulated: its device is host memory" in line for line in told)
 
 
 def exchanges(cluster: str) -> str:
@@ -84,8 +151,8 @@ def exchanges(cluster: str) -> str:
 
 
 def test_the_composite_passes_the_bridges_exchanges(cluster):
-    gloo = "torch.distributed:gloo standing in for HCCL (emulated)"
-    inside = [gloo, "local", gloo, "local"]
+    hccl = "torch.distributed:hccl (HCCL emulated)"
+    inside = [hccl, "local", hccl, "local"]
     assert run_ranks(exchanges, 4, cluster) == [f"islands ({name} inside, bridge:zeromq between)" for name in inside]
 
 
@@ -124,7 +191,8 @@ def exceeds_the_buffer(cluster: str) -> str:
         if runtime.rank < 2:
             return ""
         with pytest.raises(ConfigError) as caught:
-            runtime.transport._native.all_to_all_v(torch.zeros(2, 300), [1, 1], [1, 1], "test")
+            rows = torch.zeros(2, 300, device=runtime.device)
+            runtime.transport._native.all_to_all_v(rows, [1, 1], [1, 1], "test")
         return str(caught.value)
 
 

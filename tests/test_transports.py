@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -84,14 +85,30 @@ def as_bytes(tensor: torch.Tensor) -> bytes:
 
 
 def check_all_to_all(transport, counts: np.ndarray, shape: tuple[int, ...], dtype: torch.dtype, case: str) -> None:
+    begin_all_to_all(transport, counts, shape, dtype, case, started=False)()
+
+
+def begin_all_to_all(
+    transport, counts: np.ndarray, shape: tuple[int, ...], dtype: torch.dtype, case: str, started: bool = True
+) -> Callable[[], None]:
+    """Start an exchange (or make the whole of it); the returned function finishes it and checks what came."""
     rank, everyone = transport.rank, range(transport.size)
     send = torch.cat([rows_between(rank, to, counts[rank, to], shape, dtype) for to in everyone])
     before = as_bytes(send)
-    recv = transport.all_to_all_v(send, counts[rank].tolist(), counts[:, rank].tolist(), f"rows, {case}")
-    expected = torch.cat([rows_between(source, rank, counts[source, rank], shape, dtype) for source in everyone])
-    assert (recv.shape, recv.dtype) == (expected.shape, expected.dtype), case
-    assert as_bytes(recv) == as_bytes(expected), case
-    assert as_bytes(send) == before, case
+    exchange = transport.start_all_to_all_v if started else transport.all_to_all_v
+    answer = exchange(send, counts[rank].tolist(), counts[:, rank].tolist(), f"rows, {case}")
+
+    def check() -> None:
+        recv = answer() if started else answer
+        expected = torch.cat([rows_between(source, rank, counts[source, rank], shape, dtype) for source in everyone])
+        assert (recv.shape, recv.dtype) == (expected.shape, expected.dtype), case
+        assert as_bytes(recv) == as_bytes(expected), case
+        assert as_bytes(send) == before, case
+        if started:
+            with pytest.raises(RuntimeError, match="rows, "):
+                answer()
+
+    return check
 
 
 def check_rows(transport) -> None:
@@ -174,6 +191,96 @@ def check_many_small(transport) -> None:
             assert total.item() == step * size
 
 
+def check_started(transport) -> None:
+    """Exchanges under way: two at a time, finished in both orders, with other calls between, and long ones."""
+    matrices = count_matrices(transport.size)
+
+    def exchange_between(transport) -> None:
+        check_all_to_all(transport, matrices["random"], (3,), torch.float16, "between")
+
+    for step, (name, counts) in enumerate(matrices.items()):
+        begin_all_to_all(transport, counts, (7,), torch.bfloat16, f"{name}, alone")()
+        pair = [
+            begin_all_to_all(transport, counts, (2, 3), torch.float32, f"{name}, first of two"),
+            begin_all_to_all(transport, counts.T * 2, (5,), torch.uint8, f"{name}, second of two"),
+        ]
+        for check in pair if step % 2 else reversed(pair):
+            check()
+    for between in (check_one_of_each_collective, check_ring, exchange_between):
+        check = begin_all_to_all(transport, matrices["random"], (129,), torch.float32, "another call between")
+        between(transport)
+        check()
+    long = [
+        begin_all_to_all(transport, matrices["to the next rank"] + 1, (100_003,), torch.uint8, f"{place} long one")
+        for place in ("first", "second")
+    ]
+    check_one_of_each_collective(transport)
+    long[1]()
+    long[0]()
+
+
+def check_one_of_each_collective(transport) -> None:
+    rank, size = transport.rank, transport.size
+    total = torch.tensor([rank])
+    transport.all_reduce(total, "sum between")
+    assert total.item() == size * (size - 1) // 2
+    assert transport.all_gather(torch.tensor([rank]), "gather between").view(-1).tolist() == list(range(size))
+    value = torch.tensor([7.0 if rank == size - 1 else 0.0])
+    transport.broadcast(value, size - 1, "broadcast between")
+    assert value.item() == 7.0
+    transport.barrier("between")
+
+
+def check_buffers_are_reused(transport) -> None:
+    """Once an exchange is finished, its sender may write the next rows where the last ones were."""
+    size, ones = transport.size, [1] * transport.size
+    buffers = [torch.zeros(size, 2, dtype=torch.int64) for _ in range(2)]
+    finish = None
+    for step in range(100):  # a pipeline: the next exchange starts before the last one is finished
+        buffer = buffers[step % 2]
+        buffer[:, 0], buffer[:, 1] = step, transport.rank
+        last, finish = finish, transport.start_all_to_all_v(buffer, ones, ones, "pipeline")
+        if last is not None:
+            assert last().tolist() == [[step - 1, source] for source in range(size)]
+    assert finish().tolist() == [[step, source] for source in range(size)]
+
+
+def check_waits(transport) -> None:
+    """Who comes late to an exchange is the one that the others waited for."""
+    rank, size, waits, late = transport.rank, transport.size, transport.waits, transport.size - 1
+    assert len(waits.count) == len(waits.total_s) == len(waits.longest_s) == size
+    assert waits.count[rank] == 0 and waits.total_s[rank] == 0.0  # no rank waits for itself
+    transport.barrier("before waiting")
+    count, total_s = list(waits.count), list(waits.total_s)
+    if rank == late:
+        time.sleep(0.3)
+    transport.all_to_all_v(torch.zeros(size, 4), [1] * size, [1] * size, "late")
+    waits = transport.waits  # it may be put together from other transports' when it is asked for
+    if waits.exact:
+        others = [peer for peer in range(size) if peer != rank]
+        waited_s = [after - before for after, before in zip(waits.total_s, total_s, strict=True)]
+        assert [waits.count[peer] - count[peer] for peer in others] == [1] * len(others)
+        if rank != late:
+            assert max(others, key=lambda peer: waited_s[peer]) == late, waited_s
+            assert 0.1 < waited_s[late] <= waits.longest_s[late] + 1e-6, (waited_s, waits.longest_s)
+    total_s = list(waits.total_s)
+    check_one_of_each_collective(transport)  # only exchanges of rows are counted
+    assert transport.waits.total_s == total_s
+
+
+def check_moves_meanwhile(transport) -> None:
+    """A rank that computes between start and finish does not hold up the others, if its rows are few."""
+    size, late = transport.size, transport.size - 1
+    transport.barrier("before moving")
+    finish = transport.start_all_to_all_v(torch.zeros(size, 4), [1] * size, [1] * size, "meanwhile")
+    if transport.rank == late:
+        time.sleep(0.5)
+    began = time.monotonic()
+    finish()
+    assert time.monotonic() - began < 0.4
+    transport.barrier("after moving")
+
+
 @dataclass(frozen=True)
 class Routing:
     """A seeded exchange; `-1` among the choices where `holes`, and some ranks may have no token."""
@@ -233,6 +340,11 @@ def contract(transport) -> dict[str, str]:
     check_ring(transport)
     check_many_small(transport)
     check_large(transport)
+    check_started(transport)
+    check_buffers_are_reused(transport)
+    check_waits(transport)
+    if transport.name.startswith(("shm", "mpi")):
+        check_moves_meanwhile(transport)
     return combine_digests(transport)
 
 
@@ -274,10 +386,17 @@ def die(transport) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def dispatch_rows(transport) -> None:
+def rows_to_dispatch(transport) -> tuple[torch.Tensor, list[int], list[int], str]:
     counts = list(range(1, transport.size + 1))
-    mine = [counts[transport.rank]] * transport.size
-    transport.all_to_all_v(torch.zeros(sum(counts), 4), counts, mine, "dispatch")
+    return torch.zeros(sum(counts), 4), counts, [counts[transport.rank]] * transport.size, "dispatch"
+
+
+def dispatch_rows(transport) -> None:
+    transport.all_to_all_v(*rows_to_dispatch(transport))
+
+
+def start_dispatch(transport) -> Callable[[], torch.Tensor]:
+    return transport.start_all_to_all_v(*rows_to_dispatch(transport))
 
 
 def lose_a_rank(transport) -> Outcome | None:
@@ -298,6 +417,59 @@ def withhold_a_call(transport) -> Outcome | None:
     outcome = outcome_of(lambda: dispatch_rows(transport))
     time.sleep(0.5)
     return outcome
+
+
+COMPUTE_S = 0.3  # between start and finish
+
+
+def dispatch_while_computing(transport) -> None:
+    finish = start_dispatch(transport)
+    time.sleep(COMPUTE_S)
+    finish()
+
+
+def lose_a_rank_under_way(transport) -> Outcome | None:
+    """The faulty rank dies while the others compute."""
+    transport.barrier("before")
+    if transport.rank == FAULTY:
+        time.sleep(COMPUTE_S / 2)
+        die(transport)
+    outcome = outcome_of(lambda: dispatch_while_computing(transport))
+    time.sleep(0.5)
+    return outcome
+
+
+def withhold_a_call_under_way(transport) -> Outcome | None:
+    """The faulty rank does not come to two exchanges that the others have started."""
+    transport.barrier("before")
+    if transport.rank == FAULTY:
+        time.sleep(COMPUTE_S + FAULT_DEADLINE_S + 1.0)
+        return None
+    started = []
+
+    def dispatch_twice() -> None:
+        started.append(start_dispatch(transport))
+        started.append(start_dispatch(transport))
+        time.sleep(COMPUTE_S)
+        started[0]()
+
+    outcome = outcome_of(dispatch_twice)
+    for finish in reversed(started):  # they cannot succeed any more, and must not hang
+        after = outcome_of(finish)
+        assert after.kind != "nothing" and after.seconds < FAULT_DEADLINE_S + 0.5, after
+    time.sleep(0.5)
+    return outcome
+
+
+def close_under_way(transport) -> Outcome | None:
+    """The others close their transport, though the faulty rank has not come to the exchange that they started."""
+    transport.barrier("before")
+    if transport.rank == FAULTY:
+        time.sleep(COMPUTE_S + 0.5)
+        return None
+    finish = start_dispatch(transport)
+    time.sleep(COMPUTE_S)
+    return outcome_of(lambda: (transport.close(), finish()))
 
 
 def leave_early(transport) -> Outcome | None:
@@ -335,9 +507,13 @@ def disagree_on_counts(transport) -> Outcome | None:
     return outcome
 
 
+DEADLY = ("lose", "lose under way", "row")  # faults in which the faulty rank dies
 FAULTS = {
     "lose": lose_a_rank,
+    "lose under way": lose_a_rank_under_way,
     "withhold": withhold_a_call,
+    "withhold under way": withhold_a_call_under_way,
+    "close under way": close_under_way,
     "disagree": disagree_on_counts,
     "leave": leave_early,
     "row": fall_in_a_row,
@@ -394,7 +570,7 @@ def mpi_rank(mode: str, folder: str) -> None:
     rank = int(os.environ["OMPI_COMM_WORLD_RANK"])
     answer: object = "did not end"
     try:
-        answer = {"contract": mpi_contract_rank, "faults": mpi_faults_rank}[mode]()
+        answer = mpi_contract_rank() if mode == "contract" else mpi_faults_rank(mode)
     except BaseException:
         answer = traceback.format_exc()
         raise
@@ -420,10 +596,10 @@ def mpi_contract_rank() -> dict[int, dict[str, str]]:
     return digests
 
 
-def mpi_faults_rank() -> dict[str, dict | None]:
-    """Every fault, each on a transport of its own; the one that kills a rank comes last."""
+def mpi_faults_rank(last: str) -> dict[str, dict | None]:
+    """Faults, each on a transport of its own. Only the last one may kill a rank."""
     outcomes = {}
-    for fault in ("withhold", "disagree", "leave", "lose"):
+    for fault in (*MPI_FAULTS[last], last):
         transport = mpi.connect(10 * FAULT_DEADLINE_S)  # ranks come late out of the fault before
         transport.deadline_s = FAULT_DEADLINE_S
         outcome = FAULTS[fault](transport)
@@ -439,9 +615,13 @@ def mpi_contract() -> dict[int, dict]:
     return answers
 
 
+# Faults by the one that ends a run of mpirun, in which they come before it.
+MPI_FAULTS = {"lose": ("withhold", "disagree", "leave"), "lose under way": ("withhold under way", "close under way")}
+
+
 @functools.cache
-def mpi_faults() -> dict[int, dict]:
-    return mpirun("faults", 3, "--with-ft", "ulfm", timeout=60)[1]
+def mpi_faults(last: str) -> dict[int, dict]:
+    return mpirun(last, 3, "--with-ft", "ulfm", timeout=60)[1]
 
 
 @functools.cache
@@ -465,7 +645,7 @@ def run_contract(transport: str, size: int) -> list[dict[str, str]]:
 
 def run_fault(transport: str, fault: str, size: int = 3) -> dict[int, Outcome]:
     """How the call ended on each rank that is not the faulty one."""
-    body, dead = FAULTS[fault], (FAULTY,) if fault in ("lose", "row") else ()
+    body, dead = FAULTS[fault], (FAULTY,) if fault in DEADLY else ()
     if transport == "threads":
         outcomes: dict[int, Outcome | None] = {}
 
@@ -475,11 +655,12 @@ def run_fault(transport: str, fault: str, size: int = 3) -> dict[int, Outcome]:
         try:
             ThreadWorld(size, FAULT_DEADLINE_S).run(main)
         except Killed:
-            assert fault in ("lose", "row")
+            assert fault in DEADLY
     elif transport == "mpi":
+        last = fault if fault in MPI_FAULTS else next(last for last, before in MPI_FAULTS.items() if fault in before)
         outcomes = {
             rank: Outcome(**answer[fault] | {"ranks": tuple(answer[fault]["ranks"])})
-            for rank, answer in mpi_faults().items()
+            for rank, answer in mpi_faults(last).items()
             if rank != FAULTY
         }
     elif transport == "shm":
@@ -509,28 +690,46 @@ def test_combine_is_bitwise_the_same_on_every_transport(transport, size):
     assert run_contract(transport, size) == run_contract("gloo", size)
 
 
+@pytest.mark.parametrize("fault", ["lose", "lose under way"])
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_lost_rank_ends_the_others_calls_within_the_deadline(transport):
-    outcomes = run_fault(transport, "lose")
+def test_a_lost_rank_ends_the_others_calls_within_the_deadline(transport, fault):
+    outcomes = run_fault(transport, fault)
     assert outcomes.keys() == {0, 2}
     for rank, outcome in outcomes.items():
         assert outcome.kind in ("PeerLost", "PeerTimeout"), outcome
         assert outcome.phase == "dispatch" and "phase dispatch" in outcome.message, outcome
         assert f"rank {rank}" in outcome.message and outcome.seconds < FAULT_DEADLINE_S + 1, outcome
-        if transport in OURS:
-            assert outcome.kind == "PeerLost" and outcome.ranks == (FAULTY,), outcome
-            assert outcome.seconds < FAULT_DEADLINE_S, outcome
+        assert outcome.kind == "PeerLost" and outcome.ranks == (FAULTY,), outcome
+        assert outcome.seconds < FAULT_DEADLINE_S, outcome
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_rank_that_withholds_its_call_is_named_at_the_deadline(transport):
-    # gloo's first rank to time out closes its connections, which the third takes for a loss: two ranks there.
-    outcomes = run_fault(transport, "withhold", 2 if transport == "gloo" else 3)
+    outcomes = run_fault(transport, "withhold")
     for outcome in outcomes.values():
         assert outcome.kind == "PeerTimeout" and outcome.phase == "dispatch", outcome
         assert outcome.ranks == (FAULTY,) and re.search(rf"ranks \[{FAULTY}\]", outcome.message), outcome
         assert "sending [1, 2" in outcome.message, outcome
         assert FAULT_DEADLINE_S - 0.1 < outcome.seconds < FAULT_DEADLINE_S + 1, outcome
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_rank_that_does_not_come_to_an_exchange_under_way_is_named(transport):
+    outcomes = run_fault(transport, "withhold under way")
+    for outcome in outcomes.values():
+        assert outcome.kind == "PeerTimeout" and outcome.phase == "dispatch", outcome
+        assert outcome.ranks == (FAULTY,) and re.search(rf"ranks \[{FAULTY}\]", outcome.message), outcome
+        assert "sending [1, 2" in outcome.message, outcome
+        # The deadline counts from the finish. In shared memory the second start already ends the first exchange.
+        shortest = FAULT_DEADLINE_S - 0.1 + (0 if transport in ("gloo", "shm") else COMPUTE_S)
+        assert shortest < outcome.seconds < FAULT_DEADLINE_S + COMPUTE_S + 1, outcome
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_closing_does_not_wait_for_an_exchange_under_way(transport):
+    for outcome in run_fault(transport, "close under way").values():
+        assert outcome.kind in ("RuntimeError", "PeerLost") and "dispatch" in outcome.message, outcome
+        assert outcome.seconds < FAULT_DEADLINE_S, outcome
 
 
 @pytest.mark.parametrize("transport", OURS)
@@ -542,7 +741,7 @@ def test_counts_that_do_not_match_are_an_error_where_the_rows_arrive(transport):
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_rank_that_closes_its_transport_is_lost_to_the_others(transport):
-    outcomes = run_fault(transport, "leave", 2 if transport == "gloo" else 3)
+    outcomes = run_fault(transport, "leave")
     for outcome in outcomes.values():
         # MPI has no way to leave: others wait for the deadline.
         assert outcome.kind == ("PeerTimeout" if transport == "mpi" else "PeerLost"), outcome

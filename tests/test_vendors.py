@@ -487,9 +487,10 @@ def test_an_exchange_keeps_every_row_under_every_vendors_limits(vendor, dtype, s
 
     def run(rank):
         recv_counts = [counts[source][rank] for source in range(size)]
-        results[rank] = quirks.exchange_rows(
-            vendor, rows[rank], counts[rank], recv_counts, lambda *a: library.call(rank, *a), largest, 1 << 20
+        finish = quirks.start_exchange(
+            vendor, rows[rank], counts[rank], recv_counts, lambda *a: lambda: library.call(rank, *a), largest, 1 << 20
         )
+        results[rank] = finish()
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
     [thread.start() for thread in threads]

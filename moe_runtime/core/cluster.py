@@ -32,7 +32,8 @@ class Node:
 
     `speed` is the relative expert throughput of EACH device, `memory_gib` the memory of each device; None means
     not measured. `python` and `env` are the interpreter and extra variables of the node's ranks. `emulate` names a
-    vendor whose limits a CPU node applies. Raises ConfigError on a value that cannot be used.
+    vendor whose device and limits a CPU node emulates. `island` divides nodes of one vendor whose libraries do not
+    reach each other: those with the same word do. Raises ConfigError on a value that cannot be used.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Node:
     python: str | None = None
     env: Mapping[str, str] = field(default_factory=dict, hash=False)
     emulate: str | None = None
+    island: str | None = None
 
     def __post_init__(self) -> None:
         _check_values(self, _NODE_KEYS)
@@ -91,6 +93,11 @@ class Cluster:
     def rank_nodes(self) -> tuple[Node, ...]:
         """The node of each rank [R]: ranks follow the file's order, one per device."""
         return tuple(node for node in self.nodes for _ in range(node.devices))
+
+    def index_in_node(self, rank: int) -> int:
+        """Which of its node's devices a rank has."""
+        nodes = self.rank_nodes()
+        return sum(node is nodes[rank] for node in nodes[:rank])
 
     def rank_speeds(self) -> list[float]:
         """The relative speed of each rank [R]; all 1.0 where the file gives none.
@@ -187,7 +194,7 @@ def _is_text_table(value: object) -> bool:
 # key: (what it must be, the test, how the value is kept). These are the keys a file may use, in the file's words.
 _TEXT = ("a non-empty string", _is_text, str)
 _POSITIVE = ("a number above 0", lambda value: _is_number(value) and value > 0, float)
-_OPTIONAL = ("memory_gib", "speed", "python", "emulate")
+_OPTIONAL = ("memory_gib", "speed", "python", "emulate", "island")
 _NODE_KEYS: _Keys = {
     "name": _TEXT,
     "host": _TEXT,
@@ -198,6 +205,7 @@ _NODE_KEYS: _Keys = {
     "python": _TEXT,
     "env": ("a table of strings", _is_text_table, dict),
     "emulate": _TEXT,
+    "island": _TEXT,
 }
 _LINK_KEYS: _Keys = {
     "between": ("a pair of different node names", _is_pair, tuple),

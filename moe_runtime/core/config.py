@@ -18,10 +18,15 @@ class RuntimeConfig:
 
     cluster: path of a cluster file; its nodes' speeds decide how many experts each rank holds. None: equal shares.
     timeout_s: deadline of every wait for another rank, in seconds.
-    device: "cpu" (others come with the vendor table).
-    transport: "gloo" (one torch.distributed group), "shm" (shared memory of one machine), "mpi" (under mpirun),
-        "zeromq" (no torch.distributed: for nodes whose torch differs), "islands" (a group inside each vendor's island,
-        ZeroMQ between them), or "auto": islands where the cluster file names more than one vendor, else gloo.
+    device: "auto" (the device that detection finds, or the one that the cluster file emulates), "cpu", or a device type
+        of torch such as "cuda" that must be there.
+    transport: "gloo" (one torch.distributed group, host memory), "shm" (shared memory of one machine), "mpi" (under
+        mpirun), "zeromq" (no torch.distributed: for nodes whose torch differs), "islands" (a group inside each vendor's
+        island, ZeroMQ between them), or "auto": islands where the cluster file names more than one vendor, else one
+        group over the vendor's own library (gloo on CPUs).
+    wire_format: what rows travel as on their way to experts, in order of preference, separated by commas: "exact" (the
+        model's own dtype), "fp8", "int8", or a dtype such as "bfloat16". Each pair of ranks takes the first that both
+        can; "fp8,int8,exact" is a good choice where bandwidth is short. Results go home exact.
     per_expert_sums: send one row per (token, expert) home instead of one partial sum per (token, rank). Slower, but
         the result then does not depend on the placement, to the last bit.
     expert_kernel: "grouped" (ours), "transformers" (its registered experts function), or "auto" (ours on CPU).
@@ -29,16 +34,17 @@ class RuntimeConfig:
 
     cluster: str | None = None
     timeout_s: float = 300.0
-    device: str = "cpu"
+    device: str = "auto"
     transport: str = "auto"
+    wire_format: str = "exact"
     per_expert_sums: bool = False
     expert_kernel: str = "auto"
 
     def __post_init__(self) -> None:
         if not self.timeout_s > 0:
             raise ConfigError(f"timeout_s must be positive, got {self.timeout_s!r}")
-        if self.device != "cpu":
-            raise ConfigError(f"device {self.device!r}: only 'cpu' is supported so far")
+        if not self.device.isidentifier():
+            raise ConfigError(f"device must be auto, cpu or a device type such as cuda, got {self.device!r}")
         if self.transport not in TRANSPORTS:
             raise ConfigError(f"transport must be one of {', '.join(TRANSPORTS)}, got {self.transport!r}")
         if self.expert_kernel not in KERNELS:

@@ -10,6 +10,7 @@ import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from .errors import ConfigError
 
@@ -158,6 +159,18 @@ def keep_gloo_on_loopback() -> None:
 def presized_all_to_all_bytes() -> int | None:
     """The size of Enflame's buffer for uneven all-to-all (ECCL_ALLTOALLV_MAXSIZE), or None where it is not set."""
     return _integer(os.environ, "ECCL_ALLTOALLV_MAXSIZE", -1) if "ECCL_ALLTOALLV_MAXSIZE" in os.environ else None
+
+
+def user_cache_folder() -> Path:
+    """Where this user keeps what can be made again: XDG_CACHE_HOME, or ~/.cache."""
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification: a relative path is to be ignored.
+    return Path(named) if os.path.isabs(named) else Path.home() / ".cache"
+
+
+def cxx_compiler() -> str | None:
+    """The C++ compiler that the user named (CXX), as a command line, or None."""
+    return os.environ.get("CXX") or None
 
 
 def is_loopback(address: str) -> bool:
