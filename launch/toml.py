@@ -29,7 +29,7 @@ def apply_overrides(table: dict[str, Any], overrides: list[str]) -> dict[str, An
     for override in overrides:
         key, sign, text = override.partition("=")
         if not sign or not key:
-            raise ConfigError(f"--set {override!r}: write it as key=value")
+            raise ConfigError(f"{override!r}: write it as key=value")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
@@ -39,6 +39,6 @@ def apply_overrides(table: dict[str, Any], overrides: list[str]) -> dict[str, An
         for section in sections:
             place = place.setdefault(section, {})
             if not isinstance(place, dict):
-                raise ConfigError(f"--set {override!r}: {section} is not a section")
+                raise ConfigError(f"{override!r}: {section} is not a section")
         place[leaf] = value
     return table

@@ -40,9 +40,14 @@ def device_name(vendor: Vendor) -> str:
 
 
 def host_memory() -> tuple[int, int]:
-    """Free and total bytes of host memory, which is the emulated device's."""
+    """Available and total bytes of host memory, which is the emulated device's."""
     page = os.sysconf("SC_PAGE_SIZE")
-    return os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
+    available = os.sysconf("SC_AVPHYS_PAGES") * page
+    # Linux says how much of the cache it would give up as well.
+    with contextlib.suppress(OSError), open("/proc/meminfo") as file:
+        lines = dict(line.split(":", 1) for line in file)
+        available = int(lines["MemAvailable"].split()[0]) * 1024
+    return available, os.sysconf("SC_PHYS_PAGES") * page
 
 
 class DeviceContext:

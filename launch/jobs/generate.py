@@ -24,6 +24,7 @@ from ...comm.wire import all_gather_message
 from ...core.config import RuntimeConfig
 from ...core.errors import ConfigError
 from ..tokenizers import load_tokenizer
+from ..toml import apply_overrides
 
 EXIT_SOME_INPUT_BAD = 2
 
@@ -98,8 +99,8 @@ def continue_prompts(
         for batch in _batches(encoded, pad=not model._is_stateful):
             ids, mask = _pad_left([encoded[i] for i in batch], tokenizer.pad_token_id)
             out = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
+                input_ids=ids.to(runtime.device),
+                attention_mask=mask.to(runtime.device),
                 max_new_tokens=arguments.max_new_tokens,
                 pad_token_id=tokenizer.pad_token_id,
                 **sampling,
@@ -215,6 +216,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cluster", help="cluster file")
     parser.add_argument("--timeout-s", type=float, default=300.0)
+    parser.add_argument("--runtime", action="append", default=[], metavar="KEY=VALUE", help="a runtime setting")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, all else on stderr")
     return parser
 
@@ -227,6 +229,7 @@ def main(argv: list[str] | None = None) -> int:
         if getattr(arguments, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1")
     settings = {"cluster": arguments.cluster, "timeout_s": arguments.timeout_s}
+    settings = apply_overrides(settings, arguments.runtime)
     CheckpointReader(arguments.model).close()  # a missing or broken file is told before anything is waited for
     with moe_runtime.init(RuntimeConfig.from_any(settings)) as runtime:
         tokenizer = load_tokenizer(arguments.tokenizer, arguments.model)

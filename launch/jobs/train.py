@@ -117,7 +117,7 @@ def train(config: TrainConfig, base: Path, runtime: moe_runtime.Runtime) -> list
     for step in range(config.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
-        ids = batches.of_rank(step, runtime.rank, runtime.size)
+        ids = batches.of_rank(step, runtime.rank, runtime.size).to(runtime.device)
         losses.append(train_step(runtime, model, optimizer, ids, config))
         log.step(step, losses[-1], model)
     model.eval()
@@ -140,7 +140,7 @@ def train_step(
     runtime.sync_gradients(model)
     runtime.clip_grad_norm(model, config.max_grad_norm)
     optimizer.step()
-    joined = loss.detach().double()
+    joined = loss.detach().cpu().double()
     runtime.transport.all_reduce(joined, "training loss")
     if not math.isfinite(joined):
         raise FloatingPointError(f"the loss is {float(joined)}; lower learning_rate or look at the data")
