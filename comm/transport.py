@@ -40,7 +40,7 @@ class Waits:
             f"rank {p} {self.total_s[p]:.3f} s in {self.count[p]} exchanges (longest {self.longest_s[p]:.3f} s)"
             for p in peers
         ]
-        return "; ".join(told) or "nobody yet"
+        return "; ".join(told)
 
     def take(self, peer: int, other: Waits, other_peer: int) -> None:
         """Copy what `other` knows of `other_peer` to `peer`."""

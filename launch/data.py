@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ _NOT_STANDARD = {"site-packages", "dist-packages", "test", "tests", "idlelib", "
 
 
 def text_files(sources: Sequence[str], base: Path) -> list[Path]:
-    """The files that `sources` name, sorted: paths or globs relative to `base`, or "python-standard-library".
+    """The files that `sources` name, sorted: paths or globs (relative ones to `base`), or "python-standard-library".
 
     Raises ConfigError for a source that matches nothing.
     """
@@ -27,8 +28,9 @@ def text_files(sources: Sequence[str], base: Path) -> list[Path]:
             root = Path(sysconfig.get_path("stdlib"))
             files = [p for p in root.rglob("*.py") if not _NOT_STANDARD.intersection(p.relative_to(root).parts)]
         else:
-            path = base / source
-            files = [path] if path.is_file() else [p for p in base.glob(source) if p.is_file()]
+            path = base / source  # an absolute source leaves `base` out
+            matches = [path] if path.is_file() else map(Path, glob.glob(str(path), recursive=True))
+            files = [match for match in matches if match.is_file()]
         if not files:
             raise ConfigError(f"data: {source!r} matches no file (looked in {base})")
         found += sorted(files)

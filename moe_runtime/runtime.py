@@ -320,7 +320,7 @@ class Runtime:
         for (_, hidden, _, dtype), dispatcher in self._dispatchers.items():
             lines.append(f"dispatch of [T, {hidden}] {dtype}: {dispatcher.describe()}")
             lines += formats.describe(dispatcher.formats, self._claims, dtype)
-        if self.size > 1:
+        if any(self.transport.waits.count):
             lines.append(f"waited in exchanges of rows for: {self.transport.waits.describe()}")
         return "\n".join(lines + [f"note: {note}" for note in self._notes])
 

@@ -263,7 +263,7 @@ def runs_model(family: str) -> None:
     assert torch.equal(there.generate(tokens, max_new_tokens=8, do_sample=False).cpu(), greedy)
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v4"])
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "deepseek_v4"])
 def test_transformers_own_model_gives_the_cpus_logits_gradients_and_tokens(family):
     run_ranks(runs_model, 1, family)
 

@@ -184,4 +184,8 @@ TORCH_LIBRARY_FRAGMENT(moe_emulated, m) {
   });
 }
 
+// A lazily conjugated or negated tensor is made plain by a copy, so the copy must take it as it is.
+TORCH_LIBRARY_IMPL(aten, Conjugate, m) { m.impl("_copy_from", torch::CppFunction::makeFallthrough()); }
+TORCH_LIBRARY_IMPL(aten, Negative, m) { m.impl("_copy_from", torch::CppFunction::makeFallthrough()); }
+
 TORCH_LIBRARY_IMPL(moe_emulated, PrivateUse1, m) { m.impl("host_view", TORCH_FN(host_view)); }
