@@ -15,6 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ..core.errors import ConfigError, MoeRuntimeError
+from .cuda import combine_rows
 from .plan import DispatchPlan, ExpandPlan, plan_dispatch, plan_expand
 from .quirks import dtype_name
 from .rows import ALIGN, layout_of, pack, pack_gradients, unpack, unpack_gradients
@@ -214,12 +215,7 @@ class Dispatcher:
         route = handle.route
         bring_home = _start_exchange(rows, handle.anchor, self.transport, route.recv_counts, route.send_counts)
 
-        def wait() -> torch.Tensor:
-            home = bring_home()
-            y = home.new_zeros(handle.num_tokens, self.hidden_size, dtype=_accumulate_dtype(rows.dtype))
-            return y.index_add(0, route.tokens, home.to(y.dtype)).to(rows.dtype)
-
-        return once(wait, "combine")
+        return once(lambda: combine_rows(bring_home(), route.tokens, handle.num_tokens, rows.dtype), "combine")
 
     def _start_combine_expanded(self, rows: torch.Tensor, handle: DispatchHandle) -> Callable[[], torch.Tensor]:
         # Undo the grouping by slot: (row, choice) order is what the sender can reconstruct from its own plan.
@@ -230,17 +226,13 @@ class Dispatcher:
         pairs_from = _count_by_rank(send_row, handle.route.send_counts)
         row_major = rows.index_select(0, by_row)
         bring_home = _start_exchange(row_major, handle.anchor, self.transport, pairs_to, pairs_from)
-        token = handle.route.plan.send_tokens[send_row]
+        tokens = torch.from_numpy(handle.route.plan.send_tokens[send_row]).to(device)
+        choices = torch.from_numpy(choice).to(device)
 
         def wait() -> torch.Tensor:
-            home = bring_home()
-            y = home.new_zeros(handle.num_tokens, self.hidden_size, dtype=_accumulate_dtype(rows.dtype))
-            for k in range(self.top_k):  # in the order of the choices, whatever ranks the experts are on
-                pair = torch.from_numpy(np.flatnonzero(choice == k)).to(device)
-                tokens = torch.from_numpy(token[choice == k]).to(device)
-                weight = handle.source_weights_TK[tokens, k].to(y.dtype)
-                y = y.index_add(0, tokens, home[pair].to(y.dtype) * weight.unsqueeze(1))
-            return y.to(rows.dtype)
+            weights = handle.source_weights_TK.to(device)[tokens, choices]
+            # In the order of the choices, whatever ranks the experts are on.
+            return combine_rows(bring_home(), tokens, handle.num_tokens, rows.dtype, weights, choices)
 
         return once(wait, "combine")
 
@@ -350,11 +342,10 @@ class _DispatchRows(torch.autograd.Function):
         packed = pack_gradients(grad_rows, grad_weights, dispatcher.exact_layout)
         home = dispatcher.transport.all_to_all_v(packed, route.recv_counts, route.send_counts, "backward of dispatch")
         hidden, weights = unpack_gradients(home, dispatcher.exact_layout)
-        grad_x = hidden.new_zeros(x_shape, dtype=_accumulate_dtype(hidden.dtype))
-        grad_x.index_add_(0, route.tokens, hidden.to(grad_x.dtype))
-        grad_w = weights.new_zeros(weights_shape)
-        grad_w.index_add_(0, route.tokens, weights.masked_fill(route.slots < 0, 0))
-        return grad_x.to(hidden.dtype), grad_w.to(weights_device, weights_dtype), None, None, None
+        grad_x = combine_rows(hidden, route.tokens, x_shape[0], hidden.dtype)
+        weights = weights.masked_fill(route.slots < 0, 0)
+        grad_w = combine_rows(weights, route.tokens, weights_shape[0], weights.dtype)
+        return grad_x, grad_w.to(weights_device, weights_dtype), None, None, None
 
 
 def _start_exchange(
@@ -385,10 +376,6 @@ def _count_by_rank(rows: np.ndarray, rows_per_rank: Sequence[int]) -> list[int]:
     """How many of `rows` (numbers of rows that are grouped by rank) belong to each rank."""
     rank_of_row = np.repeat(np.arange(len(rows_per_rank)), rows_per_rank)
     return np.bincount(rank_of_row[rows], minlength=len(rows_per_rank)).tolist()
-
-
-def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 _DTYPE_CODES = ("torch.float32", "torch.bfloat16", "torch.float16", "torch.float64")

@@ -47,16 +47,6 @@ def grouped_experts(
     return pairs + touched.to(pairs.dtype)
 
 
-def weighted_sum(
-    outputs_MH: torch.Tensor, row_index_M: torch.Tensor, weights_M: torch.Tensor, num_rows: int
-) -> torch.Tensor:
-    """Partial sums [N, H]: each row's weighted outputs added up in float32 (float64 stays), in slot order."""
-    accumulate = torch.float64 if outputs_MH.dtype == torch.float64 else torch.float32
-    y = torch.zeros(num_rows, outputs_MH.shape[1], dtype=accumulate, device=outputs_MH.device)
-    weighted = outputs_MH.to(accumulate) * weights_M.to(accumulate).unsqueeze(1)
-    return y.index_add(0, row_index_M, weighted).to(outputs_MH.dtype)
-
-
 def _per_slot(module: torch.nn.Module, name: str, dtype: torch.dtype):
     """A function from slot to that slot's weight in `dtype`; FP8 weights are dequantised one expert at a time."""
     weight = getattr(module, name)

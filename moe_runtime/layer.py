@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from .comm.cuda import combine_rows
 from .comm.dispatch import IDLE, WORKING, Dispatcher, DispatchHandle
 from .core.placement import Placement
-from .experts.compute import grouped_experts, weighted_sum
+from .experts.compute import grouped_experts
 from .experts.routing import ReplicaChooser
 
 # What transformers' `use_experts_implementation` leaves on every module that shares the experts interface.
@@ -74,7 +75,7 @@ class ExpertParallel:
             return grouped_experts(self, rows, identity, handle.rows_per_slot)
         outputs = grouped_experts(self, rows, handle.row_index, handle.rows_per_slot)
         weights_M = handle.topk_weights[handle.row_index, handle.choice_index]
-        return weighted_sum(outputs, handle.row_index, weights_M, rows.shape[0])
+        return combine_rows(outputs, handle.row_index, rows.shape[0], outputs.dtype, weights_M)
 
 
 @functools.cache

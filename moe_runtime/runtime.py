@@ -17,7 +17,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 
 from . import gradients, loading, saving
 from .checkpoint import CheckpointReader
-from .comm import formats, staging
+from .comm import cuda, formats, staging
 from .comm.dispatch import IDLE, Dispatcher, DispatchHandle
 from .comm.islands import CompositeTransport, Place
 from .comm.nodes import NodeDispatcher
@@ -317,6 +317,8 @@ class Runtime:
             lines += self.transport.describe()
         if self.device.type != "cpu":
             lines.append(staging.describe(self.device))
+        if self.device.type == "cuda":
+            lines.append(cuda.describe())
         for (_, hidden, _, dtype), dispatcher in self._dispatchers.items():
             lines.append(f"dispatch of [T, {hidden}] {dtype}: {dispatcher.describe()}")
             lines += formats.describe(dispatcher.formats, self._claims, dtype)

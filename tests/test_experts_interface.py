@@ -14,8 +14,9 @@ import pytest
 import torch
 import transformers
 
+from moe_runtime.comm.cuda import combine_rows
 from moe_runtime.comm.plan import plan_expand
-from moe_runtime.experts.compute import grouped_experts, weighted_sum
+from moe_runtime.experts.compute import grouped_experts
 from moe_runtime.layer import is_experts_module
 
 EXPERTS, HIDDEN, WIDTH, TOKENS, TOP_K = 5, 8, 6, 11, 3
@@ -101,5 +102,6 @@ def test_grouped_experts_equal_the_classs_own_forward(module_name, name):
         order = plan_expand(ids.to(torch.int32).numpy(), EXPERTS)
         row_index = torch.from_numpy(order.row_index)
         outputs = grouped_experts(experts, x, row_index, order.rows_per_slot)
-        ours = weighted_sum(outputs, row_index, weights[row_index, torch.from_numpy(order.k_index)], TOKENS)
+        weights_M = weights[row_index, torch.from_numpy(order.k_index)]
+        ours = combine_rows(outputs, row_index, TOKENS, outputs.dtype, weights_M)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
