@@ -30,6 +30,7 @@ _EXAMPLES = {
   moe-launch run --nproc-per-node 2 my_script.py --my-option 3
   moe-launch train --nproc-per-node 2 configs/train.toml --set steps=100
   moe-launch generate --nproc-per-node 2 --model path/to/checkpoint --prompt "Hello"
+  moe-launch check --vendor ascend
   moe-launch bench load
 `moe-launch COMMAND --help` lists a command's options.""",
     "run": """examples:
@@ -46,6 +47,12 @@ Options of moe-launch stand before SCRIPT; everything after it is the script's. 
   moe-launch generate --model path/to/checkpoint --prompt "Hello" --prompt "Good morning" --max-new-tokens 32
   moe-launch generate --nproc-per-node 2 --model path/to/checkpoint --input prompts.jsonl --output answers.jsonl
   moe-launch generate --model path/to/checkpoint --prompt "Hello" --temperature 0.7 --seed 1 --json > answer.json""",
+    "check": """examples:
+  moe-launch check
+  moe-launch check --vendor ascend --json > report.json
+  moe-launch check --cluster configs/cluster.toml
+Starts two ranks, or the cluster file's. Where the vendor's device is not on this machine it is emulated, and every row
+of the report says so. The exit code is 1 where something failed or differs from what the vendor table claims.""",
 }
 
 # The options of the jobs, passed on to launch/jobs: (name, what argparse needs to know).
@@ -65,6 +72,7 @@ _GENERATE_OPTIONS: dict[str, dict[str, Any]] = {
     "--temperature": {"metavar": "X", "help": "0 is greedy"},
     "--seed": {"metavar": "N", "help": "of the sampling"},
     "--timeout-s": {"metavar": "SECONDS", "help": "deadline of each wait for other ranks"},
+    "--runtime": {"metavar": "KEY=VALUE", "help": "a runtime setting, such as wire_format=fp8,int8,exact (repeatable)"},
 }
 
 
@@ -115,6 +123,15 @@ def _generate(options: argparse.Namespace) -> int:
     # Its stdout is the text (or the JSON object) and nothing else.
     target = ["-m", "moe_runtime.launch.jobs.generate", *_job_arguments(options)]
     return _launch(options, "generate", target, clean_stdout=True)
+
+
+def _check(options: argparse.Namespace) -> int:
+    from .conformance import command  # imports torch: the vendor is found before the ranks start
+
+    def launch(options: argparse.Namespace, arguments: list[str]) -> int:
+        return _launch(options, "check", ["-m", "moe_runtime.launch.jobs.check", *arguments], clean_stdout=True)
+
+    return command.check(options, launch)
 
 
 def _job_arguments(options: argparse.Namespace) -> list[str]:
@@ -231,6 +248,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_job_options(job, _GENERATE_OPTIONS)
     what = "one JSON object on stdout, everything else on stderr"
     job.add_argument("--json", action=_PassOn, nargs=0, default=False, help=what)
+
+    _, job = add_command("check", "Preflight, and conformance of a vendor's device and library.", _check)
+    named = "a row of the vendor table (default: auto, the one that is here)"
+    job.add_argument("--vendor", default="auto", metavar="NAME", help=named)
+    _add(job, "--timeout-s", type=_seconds, default=60.0, metavar="SECONDS", help="deadline of a probe (default: 60)")
+    job.add_argument("--json", action="store_true", help=what)
 
     commands.add_parser("bench", help="Measure on this machine; see moe-launch bench --help.")
     return parser
