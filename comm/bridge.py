@@ -282,7 +282,7 @@ def _gather_world(
         theirs = unpack(message)
         answers_to[theirs["rank"]] = sender
         hellos[theirs["rank"]] = theirs
-    problem = _disagreement(hellos)
+    problem = disagreement(hellos)
     table = [hellos[rank] for rank in sorted(hellos)]
     for sender in answers_to.values():
         door.send_multipart([sender, pack({"problem": problem, "table": table})])
@@ -313,7 +313,7 @@ def _report_to_rank_0(
     return answer["table"]
 
 
-def _disagreement(hellos: dict[int, dict]) -> str | None:
+def disagreement(hellos: dict[int, dict]) -> str | None:
     """The first field in which a rank differs from rank 0, in words; None when all agree."""
     for rank in sorted(hellos):
         for field, value in hellos[0].items():

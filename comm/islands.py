@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from .bridge import BridgeTransport
 from .gloo import GlooTransport
 from .group import join_group, listen
+from .hostbridge import HostBridge
 from .native import NativeTransport
 from .quirks import as_bytes, can_reduce, dtype_name
 from .transport import (
@@ -79,10 +81,15 @@ def form_islands(kinds: Sequence[str]) -> Islands:
     return Islands(names, tuple(tuple(r for r, kind in enumerate(kinds) if kind == name) for name in names))
 
 
-def join_islands(bridge: BridgeTransport, place: Place, deadline_s: float) -> CompositeTransport:
+def join_islands(bridge: BridgeTransport | HostBridge, place: Place, deadline_s: float) -> CompositeTransport:
     """Build this rank's island group beside a world-wide bridge. Every rank calls, with its own place."""
     islands = form_islands(all_gather_message(bridge, place.kind, "rendezvous of islands (kinds)"))
     mine = islands.ranks[islands.of(bridge.rank)]
+    if dist.is_initialized():  # the bridge is a group of the whole world: islands are groups within it
+        if len(mine) == 1:
+            return CompositeTransport(bridge, LocalTransport(deadline_s), islands)
+        within = dist.new_group(list(mine), deadline(deadline_s), "gloo", use_local_synchronization=True)
+        return CompositeTransport(bridge, over_group(place, deadline_s, within, mine), islands)
     endpoint, listener = "", None
     if len(mine) > 1 and bridge.rank == mine[0]:
         listener = listen(bridge.host, 0)
@@ -92,27 +99,29 @@ def join_islands(bridge: BridgeTransport, place: Place, deadline_s: float) -> Co
         return CompositeTransport(bridge, LocalTransport(deadline_s), islands)
     address, port = endpoints[mine[0]].split()
     join_group(address, int(port), listener, mine.index(bridge.rank), len(mine), deadline_s, "moe_runtime_island")
-    return CompositeTransport(bridge, over_group(place, deadline_s, owns_default_group=True), islands)
+    return CompositeTransport(bridge, over_group(place, deadline_s), islands)
 
 
-def over_group(place: Place, deadline_s: float, owns_default_group: bool) -> Transport:
-    """A transport over the ranks of torch.distributed's default group, which all compute on places of one kind.
+def over_group(place: Place, deadline_s: float, group: Any = None, ranks: Sequence[int] | None = None) -> Transport:
+    """A transport over ranks that all compute on places of one kind: those of the gloo group `group`.
 
-    CPU ranks use gloo; others their vendor's library for device tensors, and gloo beside it.
+    None: torch.distributed's default group, which then ends with the transport. CPU ranks use gloo; others their
+    vendor's library for device tensors, and gloo beside it. ranks: of the group, where it is not all there are.
     """
-    timeout = deadline(deadline_s)
-    whole = dist.group.WORLD if owns_default_group else dist.new_group(backend="gloo", timeout=timeout)
-    host = GlooTransport(whole, deadline_s, owns_default_group)
+    host = GlooTransport(dist.group.WORLD if group is None else group, deadline_s, owns_default_group=group is None)
     if place.device.type == "cpu":
         return host
-    device_group = dist.new_group(backend=place.backend, timeout=timeout)
+    members = None if ranks is None else list(ranks)
+    device_group = dist.new_group(
+        members, deadline(deadline_s), place.backend, use_local_synchronization=members is not None
+    )
     return NativeTransport(device_group, host, place.vendor, place.emulated)
 
 
 class CompositeTransport:
     """A Transport over an island's own and the bridge. `native` numbers its ranks within the island."""
 
-    def __init__(self, bridge: BridgeTransport, native: Transport, islands: Islands) -> None:
+    def __init__(self, bridge: BridgeTransport | HostBridge, native: Transport, islands: Islands) -> None:
         self.rank, self.size, self.deadline_s = bridge.rank, bridge.size, bridge.deadline_s
         self.islands, self._bridge, self._native = islands, bridge, native
         self._island = islands.of(self.rank)

@@ -14,11 +14,14 @@ import torch.distributed as dist
 from ..core import environment
 from ..core.errors import ConfigError
 from . import bridge, mpi
+from .bridge import disagreement
 from .group import join_group, listen, open_store
+from .hostbridge import HostBridge
 from .islands import ON_CPU, Place, join_islands, over_group
 from .shm import SharedMemoryTransport
 from .staging import StagedTransport
-from .transport import LocalTransport, Transport
+from .transport import LocalTransport, Transport, deadline
+from .wire import all_gather_message
 
 
 def connect(
@@ -27,29 +30,35 @@ def connect(
     kind: str = "auto",
     about: dict[str, Any] | None = None,
     place: Place = ON_CPU,
+    bridge_kind: str = "zeromq",
 ) -> Transport:
     """The transport of this rank's world. Every rank calls it; it returns when all have come.
 
     kind: "gloo", "shm", "mpi", "zeromq", "islands", or "auto": one torch.distributed group over the vendor's library
     (gloo where that is a CPU). about: what must be equal on all ranks that meet over ZeroMQ (versions, hashes);
     torch.distributed has no such check, and the dispatcher's own comes later. place: where this rank computes.
+    bridge_kind: between islands, "zeromq", or "gloo" or "mpi" where all nodes have the same.
 
     If the caller has initialised torch.distributed already, its default group is used and left open on close.
     Raises PeerTimeout when some rank has not come within `timeout_s`, ConfigError when the address cannot be used.
     """
-    if kind in ("zeromq", "islands") and world.size > 1:
+    one_machine = world.local_size == world.size
+    if (kind == "zeromq" or (kind == "islands" and bridge_kind == "zeromq")) and world.size > 1:
         if world.master_addr is None or world.master_port is None or world.agent_store:
             raise ConfigError(f"transport {kind} needs MASTER_ADDR and a free MASTER_PORT: start with moe-launch")
         joined = bridge.meet(world.rank, world.size, world.master_addr, world.master_port, timeout_s, about or {})
-        if kind == "zeromq":
-            return joined
-        return join_islands(joined, place, timeout_s)
+        return joined if kind == "zeromq" else join_islands(joined, place, timeout_s)
+    if kind == "islands" and world.size > 1:
+        host = world.master_addr or ("127.0.0.1" if one_machine else socket.gethostbyname(socket.gethostname()))
+        over = connect(world, timeout_s, bridge_kind)
+        _compare(over, about or {})
+        return join_islands(HostBridge(over, host), place, timeout_s)
     if kind == "mpi" and world.size > 1:
         if world.launcher != "mpi":
             raise ConfigError("transport mpi: MPI has not started these ranks; start them with mpirun")
         return _staged(mpi.connect(timeout_s), place)
     if kind == "shm" and world.size > 1:
-        if world.local_size != world.size:
+        if not one_machine:
             raise ConfigError(f"transport shm is for one machine; here are {world.local_size} of {world.size} ranks")
         store = _store(world, timeout_s)
         shared = SharedMemoryTransport(store, world.rank, world.size, timeout_s)
@@ -60,18 +69,26 @@ def connect(
             raise ConfigError(
                 f"torch.distributed is initialised with {dist.get_world_size()} ranks, the launcher said {world.size}"
             )
-        return _over_group(place, timeout_s, kind, owns_default_group=False)
+        group = dist.new_group(backend="gloo", timeout=deadline(timeout_s))
+        return _over_group(place, timeout_s, kind, group)
     if world.size == 1:
         return LocalTransport(timeout_s)
     address, port, listener = _endpoint(world)
     join_group(address, port, listener, world.rank, world.size, timeout_s, "moe_runtime")
-    return _over_group(place, timeout_s, kind, owns_default_group=True)
+    return _over_group(place, timeout_s, kind)
 
 
-def _over_group(place: Place, timeout_s: float, kind: str, owns_default_group: bool) -> Transport:
+def _over_group(place: Place, timeout_s: float, kind: str, group: Any = None) -> Transport:
     if kind == "gloo":
-        return _staged(over_group(ON_CPU, timeout_s, owns_default_group), place)
-    return over_group(place, timeout_s, owns_default_group)
+        return _staged(over_group(ON_CPU, timeout_s, group), place)
+    return over_group(place, timeout_s, group)
+
+
+def _compare(transport: Transport, about: dict[str, Any]) -> None:
+    """Raise ConfigError, on every rank, when `about` is not the same on all."""
+    problem = disagreement(dict(enumerate(all_gather_message(transport, about, "rendezvous (versions)"))))
+    if problem:
+        raise ConfigError(problem)
 
 
 def _staged(host: Transport, place: Place) -> Transport:

@@ -6,6 +6,8 @@ vendor's documented limits. Rows are device tensors all the way.
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,6 +16,7 @@ from families import write_checkpoint
 from ranks import run_ranks
 from test_bridge import check_exchanges, rank_goes_missing
 from test_families import SPLITS, check_rank, write_oracle
+from test_transports import mpirun
 
 import moe_runtime
 from moe_runtime.comm.islands import form_islands
@@ -146,14 +149,54 @@ def test_torch_distributed_never_spans_islands_and_native_rows_stay_inside(clust
     assert any("emulated: its device is host memory" in line for line in told)
 
 
-def exchanges(cluster: str) -> str:
-    return check_exchanges({"cluster": cluster, "timeout_s": 30})
+def exchanges(cluster: str, bridge: str = "zeromq") -> str:
+    return check_exchanges({"cluster": cluster, "timeout_s": 30, "bridge": bridge})
 
 
-def test_the_composite_passes_the_bridges_exchanges(cluster):
-    hccl = "torch.distributed:hccl (HCCL emulated)"
-    inside = [hccl, "local", hccl, "local"]
-    assert run_ranks(exchanges, 4, cluster) == [f"islands ({name} inside, bridge:zeromq between)" for name in inside]
+INSIDE = [f"{name} inside" for name in ("torch.distributed:hccl (HCCL emulated)", "local") * 2]
+
+
+@pytest.mark.parametrize(("bridge", "name"), [("zeromq", "zeromq"), ("gloo", "torch.distributed:gloo")])
+def test_the_composite_passes_the_bridges_exchanges(cluster, bridge, name):
+    said = run_ranks(exchanges, 4, cluster, bridge)
+    assert said == [f"islands ({inside}, bridge:{name} between)" for inside in INSIDE]
+
+
+def test_the_composite_over_mpi_passes_the_bridges_exchanges(cluster):
+    code, said = mpirun(f"islands {cluster}", 4)
+    assert code == 0
+    for rank, inside in enumerate(INSIDE):
+        assert said[rank]["name"].startswith(f"islands ({inside}, bridge:mpi:"), said
+
+
+def ranks_of_two_clusters(first: str, second: str) -> str:
+    cluster = second if os.environ["RANK"] == "1" else first
+    with pytest.raises(ConfigError) as caught:
+        moe_runtime.init({"cluster": cluster, "timeout_s": 30, "bridge": "gloo"})
+    return str(caught.value)
+
+
+def test_ranks_with_other_cluster_files_are_told_so_over_every_bridge(tmp_path):
+    for name, speed in (("a", 1), ("b", 2)):
+        text = f'[[node]]\nname = "a"\nspeed = {speed}\n[[node]]\nname = "b"\nspeed = 1\nisland = "other"\n'
+        (tmp_path / f"{name}.toml").write_text(text)
+    for said in run_ranks(ranks_of_two_clusters, 2, str(tmp_path / "a.toml"), str(tmp_path / "b.toml")):
+        assert "rank 1 disagrees with rank 0 on cluster" in said
+
+
+def apart(cluster: str) -> tuple[str, list[str]]:
+    with moe_runtime.init({"cluster": cluster, "timeout_s": 30}) as runtime:
+        return runtime.place.kind, [runtime.transport.path(runtime.rank, to) for to in range(3)]
+
+
+def test_nodes_of_one_vendor_that_do_not_reach_each_other_are_two_islands(tmp_path):
+    nodes = [f'[[node]]\nname = "{n}"\nvendor = "cpu"\nisland = "{i}"\n' for n, i in ("ax", "by", "cx")]
+    (tmp_path / "cluster.toml").write_text("".join(nodes))
+    assert run_ranks(apart, 3, str(tmp_path / "cluster.toml")) == [
+        ("cpu x", ["self", "bridge", "cpu x"]),
+        ("cpu y", ["bridge", "self", "bridge"]),
+        ("cpu x", ["cpu x", "bridge", "self"]),
+    ]
 
 
 def goes_missing(cluster: str, how: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from .errors import ConfigError
 
 KERNELS = ("auto", "grouped", "transformers")
+BRIDGES = ("zeromq", "gloo", "mpi")
 TRANSPORTS = ("auto", "gloo", "shm", "mpi", "zeromq", "islands")
 
 
@@ -24,6 +25,7 @@ class RuntimeConfig:
         mpirun), "zeromq" (no torch.distributed: for nodes whose torch differs), "islands" (a group inside each vendor's
         island, ZeroMQ between them), or "auto": islands where the cluster file names more than one vendor, else one
         group over the vendor's own library (gloo on CPUs).
+    bridge: what joins islands: "zeromq", or "gloo" or "mpi" where all nodes have the same one.
     wire_format: what rows travel as on their way to experts, in order of preference, separated by commas: "exact" (the
         model's own dtype), "fp8", "int8", or a dtype such as "bfloat16". Each pair of ranks takes the first that both
         can; "fp8,int8,exact" is a good choice where bandwidth is short. Results go home exact.
@@ -36,6 +38,7 @@ class RuntimeConfig:
     timeout_s: float = 300.0
     device: str = "auto"
     transport: str = "auto"
+    bridge: str = "zeromq"
     wire_format: str = "exact"
     per_expert_sums: bool = False
     expert_kernel: str = "auto"
@@ -47,6 +50,8 @@ class RuntimeConfig:
             raise ConfigError(f"device must be auto, cpu or a device type such as cuda, got {self.device!r}")
         if self.transport not in TRANSPORTS:
             raise ConfigError(f"transport must be one of {', '.join(TRANSPORTS)}, got {self.transport!r}")
+        if self.bridge not in BRIDGES:
+            raise ConfigError(f"bridge must be one of {', '.join(BRIDGES)}, got {self.bridge!r}")
         if self.expert_kernel not in KERNELS:
             raise ConfigError(f"expert_kernel must be one of {', '.join(KERNELS)}, got {self.expert_kernel!r}")
 

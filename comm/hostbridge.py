@@ -1,0 +1,59 @@
+"""Any host transport as the bridge between islands: MPI or gloo, where all nodes have the same one.
+
+ZeroMQ's bridge (comm/bridge.py) is the default; vendors' images rarely share an MPI or a torch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+from .quirks import as_bytes
+from .staging import StagedTransport
+from .transport import Transport, Waits
+
+
+class HostBridge(StagedTransport):
+    """A host transport of the whole world with what islands ask of a bridge; tensors of any device.
+
+    host: the address of this rank that the others reach. Its `waits` give every peer of an exchange the whole wait.
+    """
+
+    def __init__(self, transport: Transport, host: str) -> None:
+        super().__init__(transport)
+        self.name, self.host = f"bridge:{transport.name}", host
+        self._waits = Waits(transport.size, exact=False)
+
+    @property
+    def waits(self) -> Waits:
+        return self._waits
+
+    def start(
+        self,
+        outgoing: Mapping[int, torch.Tensor],
+        incoming: Mapping[int, torch.Tensor],
+        phase: str,
+        detail: str = "",
+        waits: Waits | None = None,
+    ) -> Callable[[], None]:
+        """See comm.pairwise.PairwiseTransport.start; one all-to-all of bytes, copied together and apart again."""
+        places = {peer: as_bytes(tensor).view(-1) for peer, tensor in incoming.items()}
+        parts = {peer: as_bytes(tensor).view(-1).cpu() for peer, tensor in outgoing.items()}
+        send_counts, recv_counts = (
+            [len(each[peer]) if peer in each else 0 for peer in range(self.size)] for each in (parts, places)
+        )
+        sent = torch.cat([parts[peer] for peer in sorted(parts)] or [torch.empty(0, dtype=torch.uint8)])
+        finish = self._host.start_all_to_all_v(sent, send_counts, recv_counts, phase)
+
+        def wait() -> None:
+            began = time.monotonic()
+            received = finish()
+            for peer, part in enumerate(received.split(recv_counts)):
+                if peer in places:
+                    places[peer].copy_(part)
+                    if waits is not None:
+                        waits.add(peer, time.monotonic() - began)
+
+        return wait
