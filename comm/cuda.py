@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.autograd.function import once_differentiable
 
 from .cuda_source import THREADS, source
 
@@ -128,54 +127,6 @@ def unpack(packed: torch.Tensor, layout: RowLayout) -> tuple[torch.Tensor, torch
 # ---------------------------------------------------------------- sums in a fixed order
 
 
-def combine_rows(
-    rows_NH: torch.Tensor,
-    tokens_N: torch.Tensor,
-    num_tokens: int,
-    dtype: torch.dtype,
-    weights_N: torch.Tensor | None = None,
-    choices_N: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """y [num_tokens, H] in `dtype`: the sum of each token's rows in float32 (float64 stays), always in the same order.
-
-    rows_NH of any float dtype, also a strided view; tokens_N int64 [N], 0 <= token < num_tokens. Rows are added in
-    their own order, or by choices_N [N] where it is given, ties in their own order. weights_N [N]: a factor of each
-    row, applied in the dtype of the sums. Differentiable in rows_NH and weights_N. Bit for bit the same on every
-    device; torch's index_add adds in any order on CUDA, through atomics that also flush small numbers to zero.
-    """
-    return _CombineRows.apply(rows_NH, weights_N, tokens_N, choices_N, num_tokens, dtype)
-
-
-class _CombineRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows_NH, weights_N, tokens_N, choices_N, num_tokens, dtype):
-        ctx.save_for_backward(tokens_N, weights_N, rows_NH if ctx.needs_input_grad[1] else None)
-        ctx.row_dtype = rows_NH.dtype
-        wide = _sum_dtype(rows_NH.dtype)
-        weights = None if weights_N is None else weights_N.to(wide)
-        if rows_NH.device.type == "cpu" and choices_N is None:
-            values = rows_NH.to(wide) if weights is None else rows_NH.to(wide) * weights.unsqueeze(1)
-            sums = values.new_zeros(num_tokens, values.shape[1])
-            return sums.index_add_(0, tokens_N, values).to(dtype)  # a CPU adds them one after the other
-        order, starts = order_of_rows(tokens_N, choices_N, num_tokens)
-        if takes("sum", rows_NH):
-            return sum_by_kernel(rows_NH, order, starts, weights, dtype).to(dtype)
-        return sum_in_passes(rows_NH, order, starts, weights).to(dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_TH):
-        tokens_N, weights_N, rows_NH = ctx.saved_tensors
-        grad_NH = grad_TH.index_select(0, tokens_N)
-        if weights_N is None:
-            return grad_NH.to(ctx.row_dtype), None, None, None, None, None
-        wide = _sum_dtype(ctx.row_dtype)
-        grad_NH = grad_NH.to(wide)
-        grad_rows = (grad_NH * weights_N.to(wide).unsqueeze(1)).to(ctx.row_dtype)
-        grad_weights = None if rows_NH is None else (grad_NH * rows_NH.to(wide)).sum(1).to(weights_N.dtype)
-        return grad_rows, grad_weights, None, None, None, None
-
-
 def order_of_rows(
     tokens_N: torch.Tensor, choices_N: torch.Tensor | None, num_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -193,7 +144,7 @@ def sum_in_passes(
     """The slow twin of sum_by_kernel, for any device: pass j adds the j-th row of every token, so that no two rows of
     one pass meet. Sums [num_tokens, H] in float32 or float64.
     """
-    values = rows_NH.to(_sum_dtype(rows_NH.dtype))
+    values = rows_NH.to(sum_dtype(rows_NH.dtype))
     if weights_N is not None:
         values = values * weights_N.unsqueeze(1)
     counts = starts.diff()
@@ -210,7 +161,7 @@ def sum_by_kernel(
 ) -> torch.Tensor:
     """Sums [num_tokens, H] in one launch; in `dtype` where the rows are too, else in float32 or float64."""
     rows = _unit_stride(rows_NH.detach())
-    wide = _sum_dtype(rows.dtype)
+    wide = sum_dtype(rows.dtype)
     made = dtype if dtype == rows.dtype else wide
     sums = torch.empty(len(starts) - 1, rows.shape[1], dtype=made, device=rows.device)
     if not len(rows) or not len(sums):
@@ -222,7 +173,7 @@ def sum_by_kernel(
     return sums
 
 
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

@@ -15,10 +15,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ..core.errors import ConfigError, MoeRuntimeError
-from .cuda import combine_rows
 from .plan import DispatchPlan, ExpandPlan, plan_dispatch, plan_expand
 from .quirks import dtype_name
-from .rows import ALIGN, layout_of, pack, pack_gradients, unpack, unpack_gradients
+from .rows import ALIGN, combine_rows, layout_of, pack, pack_gradients, unpack, unpack_gradients
 from .transport import Transport, once
 
 WORKING, IDLE = 1, 0
@@ -215,7 +214,7 @@ class Dispatcher:
         route = handle.route
         bring_home = _start_exchange(rows, handle.anchor, self.transport, route.recv_counts, route.send_counts)
 
-        return once(lambda: combine_rows(bring_home(), route.tokens, handle.num_tokens, rows.dtype), "combine")
+        return once(lambda: combine_rows(bring_home(), route.tokens, handle.num_tokens), "combine")
 
     def _start_combine_expanded(self, rows: torch.Tensor, handle: DispatchHandle) -> Callable[[], torch.Tensor]:
         # Undo the grouping by slot: (row, choice) order is what the sender can reconstruct from its own plan.
@@ -232,7 +231,7 @@ class Dispatcher:
         def wait() -> torch.Tensor:
             weights = handle.source_weights_TK.to(device)[tokens, choices]
             # In the order of the choices, whatever ranks the experts are on.
-            return combine_rows(bring_home(), tokens, handle.num_tokens, rows.dtype, weights, choices)
+            return combine_rows(bring_home(), tokens, handle.num_tokens, weights, choices)
 
         return once(wait, "combine")
 
@@ -342,9 +341,9 @@ class _DispatchRows(torch.autograd.Function):
         packed = pack_gradients(grad_rows, grad_weights, dispatcher.exact_layout)
         home = dispatcher.transport.all_to_all_v(packed, route.recv_counts, route.send_counts, "backward of dispatch")
         hidden, weights = unpack_gradients(home, dispatcher.exact_layout)
-        grad_x = combine_rows(hidden, route.tokens, x_shape[0], hidden.dtype)
+        grad_x = combine_rows(hidden, route.tokens, x_shape[0])
         weights = weights.masked_fill(route.slots < 0, 0)
-        grad_w = combine_rows(weights, route.tokens, weights_shape[0], weights.dtype)
+        grad_w = combine_rows(weights, route.tokens, weights_shape[0])
         return grad_x, grad_w.to(weights_device, weights_dtype), None, None, None
 
 

@@ -1,17 +1,29 @@
-"""A packed row: what dispatch sends for one token to one rank. Hidden values, their scales, weights and slots.
+"""Token rows: packed for the wire, unpacked, and summed by token. Hidden values, their scales, weights and slots.
 
-Pure functions of tensors, on any device. The parts of a row lie apart from each other, so that payloads travel as
-bytes with their scales beside them, and every part starts at a multiple of 16 bytes.
+Pure functions of tensors, on any device. On a CPU the C extension does the work where it is built; the torch twins
+(`*_torch`) give the same results bit for bit, where a nan equals every other, and raise the same errors.
+moe_runtime.core.native.describe() says whether C runs, native.extension.simd_name() with which instructions. C uses one
+thread per call.
+
+The parts of a packed row lie apart from each other, so that payloads travel as bytes with their scales beside them, and
+every part starts at a multiple of 16 bytes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from torch.autograd.function import once_differentiable
 
+from ..core import native
+from ..core.errors import ConfigError
+from . import cuda
 from .formats import FORMATS, WireFormat, decode, encode_into, num_scales, payload_bytes
+from .quirks import dtype_name
 
+_ROW_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # what C knows as rows
 ALIGN = 16  # bytes
 
 
@@ -52,16 +64,66 @@ def layout_of(hidden_size: int, top_k: int, dtype: torch.dtype, wire: str) -> Ro
     return RowLayout(hidden_size, top_k, dtype, FORMATS[wire], weight_dtype)
 
 
+# ---------------------------------------------------------------- packed rows
+
+
 def pack(
-    x_TH: torch.Tensor, weights_TK: torch.Tensor, tokens_N: torch.Tensor, slots_NK: torch.Tensor, layout: RowLayout
+    x_TH: torch.Tensor,
+    weights_TK: torch.Tensor,
+    tokens_N: torch.Tensor,
+    slots_NK: torch.Tensor,
+    layout: RowLayout,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """uint8 [N, row_bytes]: row n is token tokens_N[n] (int64) with its local slots slots_NK[n] (int32, -1 elsewhere).
 
-    Weights whose expert is elsewhere are 0. What lies between the parts is not set.
+    Weights whose expert is elsewhere are 0. What lies between the parts is not set. `out`, where given, is filled and
+    returned: uint8 [N, row_bytes] on x's device, also rows of a larger buffer, at multiples of 16 bytes. Not
+    differentiable. ConfigError for an `out` that does not fit and, on a CPU, for tokens that x_TH does not have.
     """
-    packed = torch.empty(len(tokens_N), layout.row_bytes, dtype=torch.uint8, device=x_TH.device)
+    if out is None and cuda.takes("pack", x_TH, layout):
+        return cuda.pack(x_TH, weights_TK, tokens_N, slots_NK, layout)
+    packed = _packed_like(x_TH, len(tokens_N), layout, out)
     if not len(tokens_N):
         return packed
+    if x_TH.dtype not in _ROW_DTYPES or not _takes_c(x_TH, tokens_N, slots_NK):
+        return _pack_torch(x_TH, weights_TK, tokens_N, slots_NK, layout, packed)
+    _in_c(
+        "pack_rows",
+        _byte_rows(x_TH),
+        dtype_name(x_TH.dtype),
+        _array(weights_TK, layout.weight_dtype),
+        _array(tokens_N, torch.int64),
+        _array(slots_NK, torch.int32),
+        packed.numpy(),
+        layout.wire.name,
+        *_places(layout),
+    )
+    return packed
+
+
+def pack_torch(
+    x_TH: torch.Tensor,
+    weights_TK: torch.Tensor,
+    tokens_N: torch.Tensor,
+    slots_NK: torch.Tensor,
+    layout: RowLayout,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The torch twin of pack: same arguments, bytes and errors, on any device."""
+    packed = _packed_like(x_TH, len(tokens_N), layout, out)
+    return _pack_torch(x_TH, weights_TK, tokens_N, slots_NK, layout, packed) if len(tokens_N) else packed
+
+
+def _pack_torch(
+    x_TH: torch.Tensor,
+    weights_TK: torch.Tensor,
+    tokens_N: torch.Tensor,
+    slots_NK: torch.Tensor,
+    layout: RowLayout,
+    packed: torch.Tensor,
+) -> torch.Tensor:
+    _check_tokens(tokens_N, len(x_TH))
     hidden, scales, weights, slots = _parts(packed, layout)
     if layout.wire.dtype == x_TH.dtype:
         torch.index_select(x_TH.detach(), 0, tokens_N, out=hidden)
@@ -72,15 +134,45 @@ def pack(
     return packed
 
 
-def unpack(packed: torch.Tensor, layout: RowLayout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def unpack(
+    packed: torch.Tensor, layout: RowLayout, *, copy: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(hidden [N, H] in the layout's dtype, weights [N, K], slots [N, K] int32) of packed rows uint8 [N, row_bytes].
 
-    Hidden values that travelled as they are stay a view of `packed`.
+    Hidden values that travelled as they are stay a view of `packed`, unless `copy`: that leaves nothing which the next
+    rows in the same memory would change. Everything else is contiguous and new.
     """
+    if cuda.takes("unpack", packed, layout):
+        return cuda.unpack(packed, layout)
+    if not _takes_c(packed):
+        return unpack_torch(packed, layout, copy=copy)
+    count, as_they_are = len(packed), layout.wire.dtype == layout.dtype and not copy
+    hidden = None if as_they_are else torch.empty(count, layout.hidden_size, dtype=layout.dtype)
+    weights = torch.empty(count, layout.top_k, dtype=layout.weight_dtype)
+    slots = torch.empty(count, layout.top_k, dtype=torch.int32)
+    _in_c(
+        "unpack_rows",
+        _byte_rows(packed),
+        layout.wire.name,
+        None if hidden is None else _byte_rows(hidden),
+        dtype_name(layout.dtype),
+        weights.numpy(),
+        slots.numpy(),
+        *_places(layout),
+    )
+    return _parts(packed, layout)[0] if hidden is None else hidden, weights, slots
+
+
+def unpack_torch(
+    packed: torch.Tensor, layout: RowLayout, *, copy: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The torch twin of unpack: same arguments and results, on any device."""
     hidden, scales, weights, slots = _parts(packed, layout)
     if layout.wire.dtype != layout.dtype:
         hidden = decode(hidden, scales, layout.wire, layout.dtype)
-    return hidden, weights.contiguous(), slots.contiguous()
+    elif copy:
+        hidden = _new(hidden)
+    return hidden, _new(weights), _new(slots)
 
 
 def pack_gradients(rows_NH: torch.Tensor, weights_NK: torch.Tensor, layout: RowLayout) -> torch.Tensor:
@@ -113,5 +205,158 @@ def _parts(
     return hidden, scales, weights, slots.view(torch.int32) if packed.shape[1] == layout.row_bytes else slots
 
 
+def _packed_like(x_TH: torch.Tensor, count: int, layout: RowLayout, out: torch.Tensor | None) -> torch.Tensor:
+    if out is None:
+        return torch.empty(count, layout.row_bytes, dtype=torch.uint8, device=x_TH.device)
+    wanted = (torch.uint8, torch.Size((count, layout.row_bytes)), x_TH.device)
+    if (out.dtype, out.shape, out.device) != wanted:
+        raise ConfigError(
+            f"out: must be uint8 {list(wanted[1])} on {x_TH.device}, got {dtype_name(out.dtype)} {list(out.shape)} on "
+            f"{out.device}"
+        )
+    apart = out.stride(0) if count > 1 else layout.row_bytes
+    if out.stride(1) != 1 or apart < layout.row_bytes or apart % ALIGN or out.data_ptr() % ALIGN:
+        raise ConfigError(f"out: rows must be contiguous, apart from each other and at multiples of {ALIGN} bytes")
+    return out
+
+
+def _places(layout: RowLayout) -> tuple[int, int, int]:
+    return layout.scales_at, layout.weights_at, layout.slots_at
+
+
 def round_up(size: int) -> int:
     return (size + ALIGN - 1) // ALIGN * ALIGN
+
+
+# ---------------------------------------------------------------- sums
+
+
+def combine_rows(
+    rows_NH: torch.Tensor,
+    tokens_N: torch.Tensor,
+    num_tokens: int,
+    weights_N: torch.Tensor | None = None,
+    choices_N: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y [num_tokens, H] in the dtype of the rows: the sum of each token's rows, 0 where it has none.
+
+    rows_NH of any float dtype, also a strided view; tokens_N int64 [N], 0 <= token < num_tokens, in any order. Added in
+    float32 (float64 stays), always in the same order, and rounded once: in the order of the rows, or by choices_N [N]
+    where it is given, ties in their own order. weights_N [N]: a factor of each row; the product too is rounded to
+    float32 before it is added. Differentiable in rows_NH and weights_N. ConfigError, on a CPU, for tokens outside.
+
+    Bit for bit the same on every device: C on a CPU, a kernel of comm/cuda.py on CUDA, torch in passes elsewhere;
+    torch's index_add adds in any order on CUDA.
+    """
+    return _CombineRows.apply(rows_NH, weights_N, tokens_N, choices_N, num_tokens)
+
+
+def combine_rows_torch(
+    rows_NH: torch.Tensor,
+    tokens_N: torch.Tensor,
+    num_tokens: int,
+    weights_N: torch.Tensor | None = None,
+    choices_N: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The torch twin of combine_rows, for any device. Holds float32 copies of all rows and sums while it works."""
+    _check_tokens(tokens_N, num_tokens)
+    wide = cuda.sum_dtype(rows_NH.dtype)
+    weights = None if weights_N is None else weights_N.to(wide)
+    if rows_NH.device.type == "cpu" and choices_N is None:  # a CPU adds them one after the other
+        values = rows_NH.to(wide) if weights is None else rows_NH.to(wide) * weights.unsqueeze(1)
+        return values.new_zeros(num_tokens, values.shape[1]).index_add(0, tokens_N, values).to(rows_NH.dtype)
+    order, starts = cuda.order_of_rows(tokens_N, choices_N, num_tokens)
+    return cuda.sum_in_passes(rows_NH, order, starts, weights).to(rows_NH.dtype)
+
+
+class _CombineRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows_NH, weights_N, tokens_N, choices_N, num_tokens):
+        ctx.save_for_backward(tokens_N, weights_N, rows_NH if ctx.needs_input_grad[1] else None)
+        ctx.row_dtype = rows_NH.dtype
+        if rows_NH.dtype in _ROW_DTYPES and _takes_c(rows_NH, tokens_N):
+            return _combine_in_c(rows_NH, tokens_N, num_tokens, weights_N, choices_N)
+        if cuda.takes("sum", rows_NH):
+            order, starts = cuda.order_of_rows(tokens_N, choices_N, num_tokens)
+            weights = None if weights_N is None else weights_N.to(cuda.sum_dtype(rows_NH.dtype))
+            return cuda.sum_by_kernel(rows_NH, order, starts, weights, rows_NH.dtype)
+        return combine_rows_torch(rows_NH, tokens_N, num_tokens, weights_N, choices_N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_TH):
+        tokens_N, weights_N, rows_NH = ctx.saved_tensors
+        grad_NH = grad_TH.index_select(0, tokens_N)
+        if weights_N is None:
+            return grad_NH.to(ctx.row_dtype), None, None, None, None
+        wide = cuda.sum_dtype(ctx.row_dtype)
+        grad_NH = grad_NH.to(wide)
+        grad_rows = (grad_NH * weights_N.to(wide).unsqueeze(1)).to(ctx.row_dtype)
+        grad_weights = None if rows_NH is None else (grad_NH * rows_NH.to(wide)).sum(1).to(weights_N.dtype)
+        return grad_rows, grad_weights, None, None, None
+
+
+def _combine_in_c(
+    rows_NH: torch.Tensor,
+    tokens_N: torch.Tensor,
+    num_tokens: int,
+    weights_N: torch.Tensor | None,
+    choices_N: torch.Tensor | None,
+) -> torch.Tensor:
+    sums = torch.empty(num_tokens, rows_NH.shape[1], dtype=rows_NH.dtype)
+    _in_c(
+        "sum_rows",
+        _byte_rows(rows_NH),
+        dtype_name(rows_NH.dtype),
+        _array(tokens_N, torch.int64),
+        None if weights_N is None else _array(weights_N, cuda.sum_dtype(rows_NH.dtype)),
+        None if choices_N is None else _array(choices_N.argsort(stable=True), torch.int64),
+        _byte_rows(sums),
+    )
+    return sums
+
+
+# ---------------------------------------------------------------- tensors for C
+
+
+def _takes_c(*tensors: torch.Tensor) -> bool:
+    return native.extension is not None and all(tensor.device.type == "cpu" for tensor in tensors)
+
+
+def _in_c(function: str, *arguments: object) -> None:
+    try:
+        getattr(native.extension, function)(*arguments, "")
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _byte_rows(rows: torch.Tensor) -> np.ndarray:
+    """Rows [N, H] as uint8 [N, H * itemsize]: the same memory, unless C could not read it as it lies."""
+    rows = _aligned(rows.detach())
+    if rows.stride(1) != 1 or rows.shape[1] == 1:  # the stride of a single value may be anything
+        rows = rows.contiguous().as_strided(rows.shape, (rows.shape[1], 1))
+    return rows.view(torch.uint8).numpy()
+
+
+def _array(values: torch.Tensor, dtype: torch.dtype) -> np.ndarray:
+    return _aligned(values.detach().to("cpu", dtype).contiguous()).numpy()
+
+
+def _aligned(values: torch.Tensor) -> torch.Tensor:
+    """What came out of a received frame may begin anywhere; 8 bytes is what the widest item of a packed row needs."""
+    needed = 8 if values.dtype == torch.uint8 else values.dtype.itemsize
+    return values.clone() if values.data_ptr() % needed else values
+
+
+def _new(part: torch.Tensor) -> torch.Tensor:
+    return part.clone(memory_format=torch.contiguous_format)
+
+
+def _check_tokens(tokens_N: torch.Tensor, num_tokens: int) -> None:
+    """On a CPU only: elsewhere looking means waiting for the device."""
+    if tokens_N.device.type != "cpu":
+        return
+    wrong = (tokens_N < 0) | (tokens_N >= num_tokens)
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ConfigError(f"tokens: row {row} is of token {int(tokens_N[row])}, which is not in 0..{num_tokens - 1}")

@@ -9,7 +9,9 @@
 
 #include <string.h>
 
+#include "exchange.h"
 #include "plan.h"
+#include "rows.h"
 
 enum { MAX_ARGUMENTS = 5, MAX_DIMENSIONS = 2 };
 
@@ -313,10 +315,657 @@ static PyObject *expand_fill(PyObject *module, PyObject *const *objects, Py_ssiz
     return result;
 }
 
+/* ---- shared memory: frames between ranks (exchange.c); the callers are comm/lane.py and comm/shm.py ------------- */
+
+/* A window held for one call: memory that other processes write to, too. */
+static int hold_window(Py_buffer *view, PyObject *object) {
+    if (PyObject_GetBuffer(object, view, PyBUF_WRITABLE) == 0) return 0;
+    if (PyErr_ExceptionMatches(PyExc_BufferError) || PyErr_ExceptionMatches(PyExc_TypeError)) {
+        PyErr_Clear();
+        refuse("window", not_writable);
+    }
+    return -1;
+}
+
+static int check_number_of_arguments(Py_ssize_t num_objects, Py_ssize_t expected) {
+    if (num_objects == expected) return 0;
+    PyErr_Format(PyExc_TypeError, "expected %zd arguments, got %zd", expected, num_objects);
+    return -1;
+}
+
+/* The bell, or a ring, of a window; NULL and an exception where it has none. */
+static exchange_bell *find_bell(const Py_buffer *view) {
+    exchange_bell *bell = exchange_bell_of(view->buf, (size_t)view->len);
+    if (bell == NULL) refuse("window", "must be aligned to a cache line and begin with a bell");
+    return bell;
+}
+
+static exchange_ring *find_ring(const Py_buffer *view, PyObject *source) {
+    const size_t number = PyLong_AsSize_t(source);
+    if (number == (size_t)-1 && PyErr_Occurred()) return NULL;
+    exchange_ring *ring = exchange_ring_of(view->buf, (size_t)view->len, number);
+    if (ring == NULL) PyErr_Format(PyExc_ValueError, "source: the window has no ring %zu", number);
+    return ring;
+}
+
+static PyObject *raise_exchange(exchange_status status) {
+    switch (status) {
+    case EXCHANGE_FULL:
+        return PyErr_Format(PyExc_ValueError, "the ring is full: its reader does not keep to the protocol");
+    case EXCHANGE_CORRUPT:
+        return PyErr_Format(PyExc_ValueError, "the ring is corrupt: a number or length that no writer leaves there");
+    default:
+        return PyErr_Format(PyExc_ValueError, "number must be at least 1, and frame at most %d bytes",
+                            EXCHANGE_FRAME_BYTES);
+    }
+}
+
+PyDoc_STRVAR(exchange_control_bytes_doc,
+             "exchange_control_bytes(num_ranks)\n--\n\n"
+             "How many bytes the bell and the rings take at the start of a window.");
+
+static PyObject *exchange_control_bytes(PyObject *module, PyObject *const *objects, Py_ssize_t num_objects) {
+    (void)module;
+    if (check_number_of_arguments(num_objects, 1) != 0) return NULL;
+    const size_t num_ranks = PyLong_AsSize_t(objects[0]);
+    if (num_ranks == (size_t)-1 && PyErr_Occurred()) return NULL;
+    if (num_ranks > UINT32_MAX) return PyErr_Format(PyExc_ValueError, "num_ranks: too many");
+    return PyLong_FromSize_t(exchange_bytes(num_ranks));
+}
+
+PyDoc_STRVAR(exchange_send_doc,
+             "exchange_send(window, source, number, frame)\n--\n\n"
+             "Publishes frame `number`, counted from 1, in the ring that rank `source` has in another rank's window.\n\n"
+             "Never waits. ValueError where the reader cannot have left the ring like this.");
+
+static PyObject *exchange_send(PyObject *module, PyObject *const *objects, Py_ssize_t num_objects) {
+    (void)module;
+    if (check_number_of_arguments(num_objects, 4) != 0) return NULL;
+    const unsigned long long number = PyLong_AsUnsignedLongLong(objects[2]);
+    if (number == (unsigned long long)-1 && PyErr_Occurred()) return NULL;
+    Py_buffer window, frame;
+    if (hold_window(&window, objects[0]) != 0) return NULL;
+    PyObject *result = NULL;
+    exchange_bell *bell = find_bell(&window);
+    exchange_ring *ring = bell != NULL ? find_ring(&window, objects[1]) : NULL;
+    if (ring != NULL && PyObject_GetBuffer(objects[3], &frame, PyBUF_SIMPLE) == 0) {
+        const exchange_status status = exchange_publish(ring, bell, number, frame.buf, (size_t)frame.len);
+        result = status == EXCHANGE_OK ? Py_NewRef(Py_None) : raise_exchange(status);
+        PyBuffer_Release(&frame);
+    }
+    PyBuffer_Release(&window);
+    return result;
+}
+
+PyDoc_STRVAR(exchange_receive_doc,
+             "exchange_receive(window, source, number)\n--\n\n"
+             "Frame `number` of rank `source`'s ring in this rank's window as bytes, None while it is not there.\n\n"
+             "ValueError where no writer can have left the ring like this.");
+
+static PyObject *exchange_receive(PyObject *module, PyObject *const *objects, Py_ssize_t num_objects) {
+    (void)module;
+    if (check_number_of_arguments(num_objects, 3) != 0) return NULL;
+    const unsigned long long number = PyLong_AsUnsignedLongLong(objects[2]);
+    if (number == (unsigned long long)-1 && PyErr_Occurred()) return NULL;
+    Py_buffer window;
+    if (hold_window(&window, objects[0]) != 0) return NULL;
+    PyObject *result = NULL;
+    exchange_ring *ring = find_ring(&window, objects[1]);
+    if (ring != NULL) {
+        unsigned char frame[EXCHANGE_FRAME_BYTES];
+        size_t length = 0;
+        const exchange_status status = exchange_take(ring, number, frame, &length);
+        result = status == EXCHANGE_OK        ? PyBytes_FromStringAndSize((const char *)frame, (Py_ssize_t)length)
+                 : status == EXCHANGE_NOTHING ? Py_NewRef(Py_None)
+                                              : raise_exchange(status);
+    }
+    PyBuffer_Release(&window);
+    return result;
+}
+
+PyDoc_STRVAR(exchange_look_doc,
+             "exchange_look(window)\n--\n\n"
+             "What this rank's bell shows. Look, receive until there is nothing, await what was seen: no frame is missed.");
+
+static PyObject *exchange_look(PyObject *module, PyObject *const *objects, Py_ssize_t num_objects) {
+    (void)module;
+    Py_buffer window;
+    if (check_number_of_arguments(num_objects, 1) != 0 || hold_window(&window, objects[0]) != 0) return NULL;
+    exchange_bell *bell = find_bell(&window);
+    PyObject *result = bell != NULL ? PyLong_FromUnsignedLong(exchange_rung(bell)) : NULL;
+    PyBuffer_Release(&window);
+    return result;
+}
+
+PyDoc_STRVAR(exchange_await_doc,
+             "exchange_await(window, seen, spin_ns, timeout_ns)\n--\n\n"
+             "Waits without the GIL until the bell shows other than `seen`, spinning first, then asleep.\n\n"
+             "Returns 0 after timeout_ns, 1 if it rang while spinning, 2 after a sleep (a signal also ends one).");
+
+static PyObject *exchange_await(PyObject *module, PyObject *const *objects, Py_ssize_t num_objects) {
+    (void)module;
+    if (check_number_of_arguments(num_objects, 4) != 0) return NULL;
+    const unsigned long seen = PyLong_AsUnsignedLongMask(objects[1]);
+    const long long spin_ns = PyLong_AsLongLong(objects[2]), timeout_ns = PyLong_AsLongLong(objects[3]);
+    if (PyErr_Occurred()) return NULL;
+    Py_buffer window;
+    if (hold_window(&window, objects[0]) != 0) return NULL;
+    PyObject *result = NULL;
+    exchange_bell *bell = find_bell(&window);
+    if (bell != NULL) {
+        exchange_status status;
+        Py_BEGIN_ALLOW_THREADS
+        status = exchange_wait(bell, (uint32_t)seen, spin_ns, timeout_ns);
+        Py_END_ALLOW_THREADS
+        if (PyErr_CheckSignals() == 0) {
+            result = PyLong_FromLong(status == EXCHANGE_OK ? 1 : status == EXCHANGE_SLEPT ? 2 : 0);
+        }
+    }
+    PyBuffer_Release(&window);
+    return result;
+}
+
+/* ---- end of shared memory --------------------------------------------------------------------------------------- */
+
+/* ---- rows: packed, summed and quantised (rows.c); the callers are comm/rows.py and experts/fp8.py ---------------
+ *
+ * Rows are two-dimensional bytes here, whatever their dtype: Python's buffer protocol has no bfloat16 and no 8-bit
+ * floats. The dtype comes beside them as torch's name of it. Rows may lie apart from each other. `simd` names a set of
+ * instructions, "" the best there is; the results are the same. moe_runtime.comm.rows is the public face.
+ */
+
+enum { MAX_TABLES = 5 };
+
+typedef enum { BYTE_ROWS, FLOAT32S, SUM_FLOATS, INT64S, INT32S } table_content; /* SUM_FLOATS: float32 or float64 */
+typedef enum { NEEDED = 0, OR_NONE = 1 } presence;
+
+typedef struct {
+    const char *name;
+    int dimensions;
+    table_content content;
+    direction direction;
+    presence presence;
+} table_rule;
+
+/* The arrays of one call, held until release_tables; one that is None has obj and buf NULL. */
+typedef struct {
+    const table_rule *rules;
+    int num_held;
+    Py_buffer views[MAX_TABLES];
+} tables;
+
+static void release_tables(tables *held) {
+    while (held->num_held > 0) PyBuffer_Release(&held->views[--held->num_held]);
+}
+
+static int is_native(const char *format, char letter) {
+    if (format == NULL) return letter == 'B';
+    if (*format == '@' || *format == '=' || *format == (PY_LITTLE_ENDIAN ? '<' : '>')) format++;
+    return format[0] == letter && format[1] == '\0';
+}
+
+static const char *refused_content(const Py_buffer *view, table_content content) {
+    const int is_float32 = view->itemsize == 4 && is_native(view->format, 'f');
+    switch (content) {
+    case BYTE_ROWS:
+        return view->itemsize == 1 && is_native(view->format, 'B') ? NULL : "must be bytes (uint8)";
+    case FLOAT32S:
+        return is_float32 ? NULL : "must be float32";
+    case SUM_FLOATS:
+        return is_float32 || (view->itemsize == 8 && is_native(view->format, 'd')) ? NULL
+                                                                                   : "must be float32 or float64";
+    case INT64S:
+        return view->itemsize == 8 && is_native_integer(view->format) ? NULL : "must be int64";
+    default:
+        return view->itemsize == 4 && is_native_integer(view->format) ? NULL : "must be int32";
+    }
+}
+
+/* The distance between rows in bytes. That of a single row is never used and may be anything. */
+static Py_ssize_t row_stride(const Py_buffer *view) { return view->shape[0] > 1 ? view->strides[0] : view->shape[1]; }
+
+/* From the first byte of the array to one past its last, gaps between rows included; fits, once check_table said so. */
+static Py_ssize_t extent(const Py_buffer *view, table_content content) {
+    if (view->buf == NULL || view->len == 0) return 0;
+    return content == BYTE_ROWS ? (view->shape[0] - 1) * row_stride(view) + view->shape[1] : view->len;
+}
+
+static int check_table(const Py_buffer *view, const table_rule *rule) {
+    const char *refused = refused_content(view, rule->content);
+    if (refused != NULL) return refuse(rule->name, refused);
+    if (view->ndim != rule->dimensions || view->shape == NULL || view->strides == NULL) {
+        return refuse(rule->name, rule->dimensions == 1 ? "must have 1 dimension" : "must have 2 dimensions");
+    }
+    if (!length_matches_shape(view)) return refuse(rule->name, "has a shape that does not match its length");
+    if (rule->content != BYTE_ROWS) {
+        if (!PyBuffer_IsContiguous(view, 'C')) return refuse(rule->name, "must be C-contiguous");
+        if (view->len > 0 && (uintptr_t)view->buf % (uintptr_t)view->itemsize != 0) {
+            return refuse(rule->name, "must be aligned to its item size");
+        }
+    } else {
+        if (view->shape[1] > 1 && view->strides[1] != 1) return refuse(rule->name, "must have contiguous rows");
+        const Py_ssize_t stride = row_stride(view), least = rule->direction == OUTPUT ? view->shape[1] : 0;
+        if (stride < least) return refuse(rule->name, "must have rows in increasing order that do not overlap");
+        if (stride > 0 && view->shape[0] > (PY_SSIZE_T_MAX - view->shape[1]) / stride) {
+            return refuse(rule->name, "has rows too far apart");
+        }
+    }
+    if (rule->direction == OUTPUT && view->readonly) return refuse(rule->name, not_writable);
+    return 0;
+}
+
+static int check_tables_apart(const tables *held) {
+    for (int a = 0; a < held->num_held; a++) {
+        for (int b = a + 1; b < held->num_held; b++) {
+            if (held->rules[a].direction == INPUT && held->rules[b].direction == INPUT) continue;
+            const uintptr_t begin_a = (uintptr_t)held->views[a].buf, begin_b = (uintptr_t)held->views[b].buf;
+            const uintptr_t bytes_a = (uintptr_t)extent(&held->views[a], held->rules[a].content);
+            const uintptr_t bytes_b = (uintptr_t)extent(&held->views[b], held->rules[b].content);
+            if (bytes_a > 0 && bytes_b > 0 && begin_a < begin_b + bytes_b && begin_b < begin_a + bytes_a) {
+                PyErr_Format(PyExc_ValueError, "%s and %s overlap in memory", held->rules[a].name, held->rules[b].name);
+                return -1;
+            }
+        }
+    }
+    return 0;
+}
+
+/* Takes and checks the arrays of one call, objects[i] by rules[i], or takes none and sets an exception. */
+static int hold_tables(tables *held, const table_rule *rules, int num_rules, PyObject *const *objects) {
+    *held = (tables){.rules = rules, .num_held = 0};
+    for (int i = 0; i < num_rules; i++) {
+        held->views[i] = (Py_buffer){.buf = NULL};
+        int status = 0;
+        if (objects[i] == Py_None && rules[i].presence == OR_NONE) {
+            held->num_held++;
+            continue;
+        }
+        const int flags = PyBUF_STRIDES | PyBUF_FORMAT | (rules[i].direction == OUTPUT ? PyBUF_WRITABLE : 0);
+        if (PyObject_GetBuffer(objects[i], &held->views[i], flags) != 0) {
+            const argument_rule rule = {.name = rules[i].name, .direction = rules[i].direction};
+            status = refuse_exporter(&rule);
+        } else {
+            held->num_held++;
+            status = check_table(&held->views[i], &rules[i]);
+        }
+        if (status != 0) {
+            release_tables(held);
+            return -1;
+        }
+    }
+    if (check_tables_apart(held) != 0) {
+        release_tables(held);
+        return -1;
+    }
+    return 0;
+}
+
+static int check_shape(const tables *held, int index, Py_ssize_t rows, Py_ssize_t columns) {
+    const Py_buffer *view = &held->views[index];
+    if (view->shape[0] == rows && (view->ndim == 1 || view->shape[1] == columns)) return 0;
+    PyErr_Format(PyExc_ValueError, view->ndim == 1 ? "%s: must have %zd entries" : "%s: must have shape (%zd, %zd)",
+                 held->rules[index].name, rows, columns);
+    return -1;
+}
+
+static int check_row_alignment(const tables *held, int index, Py_ssize_t bytes) {
+    const Py_buffer *view = &held->views[index];
+    if (view->len == 0 || ((uintptr_t)view->buf % (uintptr_t)bytes == 0 && row_stride(view) % bytes == 0)) return 0;
+    return refuse(held->rules[index].name, "must have rows that are aligned to the items in them");
+}
+
+/* How many values of `dtype` a row of bytes holds, or -1 and an exception. */
+static Py_ssize_t take_columns(const tables *held, int index, rows_dtype dtype) {
+    const Py_ssize_t bytes = (Py_ssize_t)rows_item_bytes(dtype), length = held->views[index].shape[1];
+    if (length % bytes != 0) return refuse(held->rules[index].name, "must have rows of whole values");
+    return check_row_alignment(held, index, bytes) == 0 ? length / bytes : -1;
+}
+
+static rows_input as_input(const Py_buffer *view) {
+    return (rows_input){view->buf, (int64_t)view->shape[0], (int64_t)row_stride(view)};
+}
+
+static rows_output as_output(const Py_buffer *view) {
+    return (rows_output){view->buf, (int64_t)view->shape[0], (int64_t)row_stride(view)};
+}
+
+static int take_word(PyObject *object, const char *name, const char *const *words, int first, int num_words) {
+    if (!PyUnicode_Check(object)) return refuse(name, "must be a string");
+    for (int i = first; i < num_words; i++) {
+        if (PyUnicode_CompareWithASCIIString(object, words[i]) == 0) return i;
+    }
+    PyErr_Format(PyExc_ValueError, "%s: %R has no meaning here", name, object);
+    return -1;
+}
+
+static const char *const dtype_words[ROWS_NUM_DTYPES] = {
+    [ROWS_FLOAT32] = "float32",   [ROWS_FLOAT64] = "float64",           [ROWS_FLOAT16] = "float16",
+    [ROWS_BFLOAT16] = "bfloat16", [ROWS_E4M3FN] = "float8_e4m3fn", [ROWS_E4M3FNUZ] = "float8_e4m3fnuz",
+    [ROWS_INT8] = "int8",
+};
+
+static int take_dtype(PyObject *object, const char *name, int first, int end, rows_dtype *dtype) {
+    const int word = take_word(object, name, dtype_words, first, end);
+    *dtype = (rows_dtype)(word < 0 ? 0 : word);
+    return word < 0 ? -1 : 0;
+}
+
+static int take_size(PyObject *object, const char *name, int64_t least, int64_t *size) {
+    const long long value = PyLong_Check(object) ? PyLong_AsLongLong(object) : -1;
+    if (PyErr_Occurred()) PyErr_Clear(); /* more than 64 bits: no size either */
+    *size = (int64_t)value;
+    return value >= least ? 0 : refuse(name, "must be a whole number that can be a size");
+}
+
+static const simd_loops *take_loops(PyObject *object) {
+    const char *name = PyUnicode_Check(object) ? PyUnicode_AsUTF8(object) : NULL;
+    const simd_loops *loops = name != NULL ? simd_find(name) : NULL;
+    if (loops == NULL) {
+        PyErr_Clear();
+        refuse("simd", "must be \"\" or one of simd_names()");
+    }
+    return loops;
+}
+
+static int check_count(Py_ssize_t given, Py_ssize_t needed) {
+    if (given == needed) return 0;
+    PyErr_Format(PyExc_TypeError, "expected %zd arguments, got %zd", needed, given);
+    return -1;
+}
+
+/* None, or the ValueError of a failed call; `num_tokens` and `num_rows` are the lengths of what was indexed. */
+static PyObject *rows_result(rows_status status, const rows_fault *fault, Py_ssize_t num_tokens, Py_ssize_t num_rows) {
+    const long long row = fault->row, value = fault->value;
+    switch (status) {
+    case ROWS_OK:
+        return Py_NewRef(Py_None);
+    case ROWS_BAD_TOKEN:
+        return PyErr_Format(PyExc_ValueError, "tokens: row %lld is of token %lld, which is not in 0..%zd", row, value,
+                            num_tokens - 1);
+    case ROWS_BAD_ORDER:
+        return PyErr_Format(PyExc_ValueError, "order: entry %lld is row %lld, which is not in 0..%zd", row, value,
+                            num_rows - 1);
+    default:
+        return PyErr_Format(PyExc_SystemError, "moe_runtime._C: rows.c answered %d", (int)status);
+    }
+}
+
+/* The layout of the packed rows views[index]; scales_at, weights_at and slots_at are the next three of `sizes`. */
+static int take_layout(rows_layout *layout, const tables *held, int index, Py_ssize_t weight_bytes,
+                       PyObject *const *sizes) {
+    layout->weight_bytes = (int)weight_bytes;
+    layout->row_bytes = (int64_t)held->views[index].shape[1];
+    if (take_size(sizes[0], "scales_at", 0, &layout->scales_at) != 0 ||
+        take_size(sizes[1], "weights_at", 0, &layout->weights_at) != 0 ||
+        take_size(sizes[2], "slots_at", 0, &layout->slots_at) != 0) {
+        return -1;
+    }
+    if (rows_check_layout(layout) != ROWS_OK) {
+        return refuse(held->rules[index].name,
+                      "is too short for its parts, or scales_at, weights_at and slots_at are not aligned one after the "
+                      "other");
+    }
+    const Py_ssize_t most = weight_bytes == 8 || layout->wire == ROWS_FLOAT64 ? 8 : 4;
+    return check_row_alignment(held, index, most);
+}
+
+PyDoc_STRVAR(pack_rows_doc,
+             "pack_rows(x, dtype, weights, tokens, slots, packed, wire, scales_at, weights_at, slots_at, simd)\n--\n\n"
+             "Writes packed rows [N, row_bytes]: row n is token tokens[n].\n\n"
+             "x bytes [T, H * item], weights [T, K] float32 or float64, tokens [N] int64, slots [N, K] int32, packed\n"
+             "bytes [N, row_bytes]. dtype is x's, wire that of the packed values.");
+
+static PyObject *pack_rows(PyObject *module, PyObject *const *objects, Py_ssize_t num_objects) {
+    static const table_rule rules[] = {
+        {"x", 2, BYTE_ROWS, INPUT, NEEDED},      {"weights", 2, SUM_FLOATS, INPUT, NEEDED},
+        {"tokens", 1, INT64S, INPUT, NEEDED},    {"slots", 2, INT32S, INPUT, NEEDED},
+        {"packed", 2, BYTE_ROWS, OUTPUT, NEEDED},
+    };
+    (void)module;
+    tables held;
+    if (check_count(num_objects, 11) != 0) return NULL;
+    PyObject *const arrays[] = {objects[0], objects[2], objects[3], objects[4], objects[5]};
+    if (hold_tables(&held, rules, 5, arrays) != 0) return NULL;
+
+    PyObject *result = NULL;
+    rows_layout layout = {.top_k = (int64_t)held.views[3].shape[1]};
+    const Py_ssize_t num_tokens = held.views[0].shape[0], num_rows = held.views[2].shape[0];
+    const simd_loops *loops = take_loops(objects[10]);
+    if (loops != NULL && take_dtype(objects[1], "dtype", 0, ROWS_NUM_ROW_DTYPES, &layout.dtype) == 0 &&
+        take_dtype(objects[6], "wire", 0, ROWS_NUM_DTYPES, &layout.wire) == 0 &&
+        (layout.hidden_size = take_columns(&held, 0, layout.dtype)) >= 0 &&
+        check_shape(&held, 1, num_tokens, held.views[3].shape[1]) == 0 &&
+        check_shape(&held, 3, num_rows, held.views[3].shape[1]) == 0 &&
+        check_shape(&held, 4, num_rows, held.views[4].shape[1]) == 0 &&
+        take_layout(&layout, &held, 4, held.views[1].itemsize, objects + 7) == 0) {
+        rows_fault fault = {0, 0};
+        rows_status status;
+        Py_BEGIN_ALLOW_THREADS
+        status = rows_pack(loops, &layout, as_input(&held.views[0]), held.views[1].buf, held.views[2].buf,
+                           held.views[3].buf, as_output(&held.views[4]), &fault);
+        Py_END_ALLOW_THREADS
+        result = rows_result(status, &fault, num_tokens, num_rows);
+    }
+    release_tables(&held);
+    return result;
+}
+
+PyDoc_STRVAR(unpack_rows_doc,
+             "unpack_rows(packed, wire, hidden, dtype, weights, slots, scales_at, weights_at, slots_at, simd)\n--\n\n"
+             "Writes the parts of packed rows: the inverse of pack_rows.\n\n"
+             "hidden bytes [N, H * item] in dtype, or None to leave the values out; weights [N, K] float32 or\n"
+             "float64, slots [N, K] int32.");
+
+static PyObject *unpack_rows(PyObject *module, PyObject *const *objects, Py_ssize_t num_objects) {
+    static const table_rule rules[] = {
+        {"packed", 2, BYTE_ROWS, INPUT, NEEDED},
+        {"hidden", 2, BYTE_ROWS, OUTPUT, OR_NONE},
+        {"weights", 2, SUM_FLOATS, OUTPUT, NEEDED},
+        {"slots", 2, INT32S, OUTPUT, NEEDED},
+    };
+    (void)module;
+    tables held;
+    if (check_count(num_objects, 10) != 0) return NULL;
+    PyObject *const arrays[] = {objects[0], objects[2], objects[4], objects[5]};
+    if (hold_tables(&held, rules, 4, arrays) != 0) return NULL;
+
+    PyObject *result = NULL;
+    const int has_hidden = held.views[1].obj != NULL;
+    rows_layout layout = {.top_k = (int64_t)held.views[3].shape[1]};
+    const Py_ssize_t num_rows = held.views[0].shape[0];
+    const simd_loops *loops = take_loops(objects[9]);
+    if (loops != NULL && take_dtype(objects[1], "wire", 0, ROWS_NUM_DTYPES, &layout.wire) == 0 &&
+        take_dtype(objects[3], "dtype", 0, ROWS_NUM_ROW_DTYPES, &layout.dtype) == 0 &&
+        (!has_hidden || ((layout.hidden_size = take_columns(&held, 1, layout.dtype)) >= 0 &&
+                         check_shape(&held, 1, num_rows, held.views[1].shape[1]) == 0)) &&
+        check_shape(&held, 2, num_rows, held.views[3].shape[1]) == 0 &&
+        check_shape(&held, 3, num_rows, held.views[3].shape[1]) == 0 &&
+        take_layout(&layout, &held, 0, held.views[2].itemsize, objects + 6) == 0) {
+        const rows_output hidden = has_hidden ? as_output(&held.views[1]) : (rows_output){NULL, 0, 0};
+        rows_status status;
+        Py_BEGIN_ALLOW_THREADS
+        status = rows_unpack(loops, &layout, as_input(&held.views[0]), hidden, held.views[2].buf, held.views[3].buf);
+        Py_END_ALLOW_THREADS
+        result = rows_result(status, &(rows_fault){0, 0}, 0, num_rows);
+    }
+    release_tables(&held);
+    return result;
+}
+
+PyDoc_STRVAR(sum_rows_doc,
+             "sum_rows(rows, dtype, tokens, weights, order, sums, simd)\n--\n\n"
+             "Writes sums bytes [T, H * item]: of each token's rows [N, H * item], in order, each times its weight.\n\n"
+             "tokens [N] int64; weights [N] float32 (float64 for float64 rows) or None; order [M] int64, the rows to\n"
+             "add, or None for all from the first to the last.");
+
+static PyObject *sum_rows(PyObject *module, PyObject *const *objects, Py_ssize_t num_objects) {
+    static const table_rule rules[] = {
+        {"rows", 2, BYTE_ROWS, INPUT, NEEDED},   {"tokens", 1, INT64S, INPUT, NEEDED},
+        {"weights", 1, SUM_FLOATS, INPUT, OR_NONE}, {"order", 1, INT64S, INPUT, OR_NONE},
+        {"sums", 2, BYTE_ROWS, OUTPUT, NEEDED},
+    };
+    (void)module;
+    tables held;
+    if (check_count(num_objects, 7) != 0) return NULL;
+    PyObject *const arrays[] = {objects[0], objects[2], objects[3], objects[4], objects[5]};
+    if (hold_tables(&held, rules, 5, arrays) != 0) return NULL;
+
+    PyObject *result = NULL;
+    int64_t *scratch = NULL;
+    rows_dtype dtype;
+    Py_ssize_t hidden_size;
+    const Py_buffer *views = held.views;
+    const Py_ssize_t num_rows = views[0].shape[0], num_tokens = views[4].shape[0];
+    const Py_ssize_t num_added = views[3].obj != NULL ? views[3].shape[0] : num_rows;
+    const simd_loops *loops = take_loops(objects[6]);
+    if (loops != NULL && take_dtype(objects[1], "dtype", 0, ROWS_NUM_ROW_DTYPES, &dtype) == 0 &&
+        (hidden_size = take_columns(&held, 0, dtype)) >= 0 && check_shape(&held, 1, num_rows, 0) == 0 &&
+        (views[2].obj == NULL || check_shape(&held, 2, num_rows, 0) == 0) &&
+        check_shape(&held, 4, num_tokens, views[0].shape[1]) == 0 && take_columns(&held, 4, dtype) >= 0) {
+        if (views[2].obj != NULL && (views[2].itemsize == 8) != (dtype == ROWS_FLOAT64)) {
+            refuse("weights", "must be float64 for float64 rows and float32 for others");
+        } else if (hidden_size == 0) { /* rows of no bytes may claim any number; there is nothing to write */
+            result = Py_NewRef(Py_None);
+        } else if ((scratch = allocate_scratch(num_tokens + num_added, sizeof *scratch)) != NULL) {
+            rows_fault fault = {0, 0};
+            rows_status status;
+            Py_BEGIN_ALLOW_THREADS
+            status = rows_sum(loops, dtype, hidden_size, as_input(&views[0]), views[1].buf, views[2].buf, views[3].buf,
+                              num_added, as_output(&views[4]), scratch, &fault);
+            Py_END_ALLOW_THREADS
+            result = rows_result(status, &fault, num_tokens, num_rows);
+        }
+    }
+    PyMem_Free(scratch);
+    release_tables(&held);
+    return result;
+}
+
+/* The sizes of the blocks that `rows` by `columns` values are cut into, one scale each in views[scales]. */
+static int take_blocks(const tables *held, Py_ssize_t rows, Py_ssize_t columns, int scales, PyObject *const *sizes,
+                       int64_t *block_rows, int64_t *block_columns) {
+    if (take_size(sizes[0], "block_rows", 1, block_rows) != 0) return -1;
+    if (take_size(sizes[1], "block_columns", 1, block_columns) != 0) return -1;
+    return check_shape(held, scales, (Py_ssize_t)rows_num_blocks(rows, *block_rows),
+                       (Py_ssize_t)rows_num_blocks(columns, *block_columns));
+}
+
+PyDoc_STRVAR(quantize_rows_doc,
+             "quantize_rows(values, dtype, payload, wire, scales, block_rows, block_columns, rule, simd)\n--\n\n"
+             "Writes payload bytes [R, C] and scales [ceil(R / block_rows), ceil(C / block_columns)] float32.\n\n"
+             "values bytes [R, C * item]. rule: \"wire\" as comm/formats.py, \"weight\" as experts/fp8.py.");
+
+static PyObject *quantize_rows(PyObject *module, PyObject *const *objects, Py_ssize_t num_objects) {
+    static const table_rule rules[] = {
+        {"values", 2, BYTE_ROWS, INPUT, NEEDED},
+        {"payload", 2, BYTE_ROWS, OUTPUT, NEEDED},
+        {"scales", 2, FLOAT32S, OUTPUT, NEEDED},
+    };
+    static const char *const rule_words[] = {"wire", "weight"};
+    (void)module;
+    tables held;
+    if (check_count(num_objects, 9) != 0) return NULL;
+    PyObject *const arrays[] = {objects[0], objects[2], objects[4]};
+    if (hold_tables(&held, rules, 3, arrays) != 0) return NULL;
+
+    PyObject *result = NULL;
+    rows_dtype dtype, wire;
+    Py_ssize_t columns;
+    int64_t block_rows, block_columns;
+    int word;
+    const Py_ssize_t num_rows = held.views[0].shape[0];
+    const simd_loops *loops = take_loops(objects[8]);
+    if (loops != NULL && take_dtype(objects[1], "dtype", 0, ROWS_NUM_ROW_DTYPES, &dtype) == 0 &&
+        take_dtype(objects[3], "wire", ROWS_NUM_ROW_DTYPES, ROWS_NUM_DTYPES, &wire) == 0 &&
+        (word = take_word(objects[7], "rule", rule_words, 0, 2)) >= 0 &&
+        (columns = take_columns(&held, 0, dtype)) >= 0 && check_shape(&held, 1, num_rows, columns) == 0 &&
+        take_blocks(&held, num_rows, columns, 2, objects + 5, &block_rows, &block_columns) == 0) {
+        const rows_rule *rule = word == 0 ? &rows_wire_rule : &rows_weight_rule;
+        rows_status status;
+        Py_BEGIN_ALLOW_THREADS
+        status = rows_quantize(loops, rule, dtype, as_input(&held.views[0]), columns, block_rows, block_columns, wire,
+                               as_output(&held.views[1]), held.views[2].buf);
+        Py_END_ALLOW_THREADS
+        result = rows_result(status, &(rows_fault){0, 0}, 0, num_rows);
+    }
+    release_tables(&held);
+    return result;
+}
+
+PyDoc_STRVAR(dequantize_rows_doc,
+             "dequantize_rows(payload, wire, scales, block_rows, block_columns, values, dtype, simd)\n--\n\n"
+             "Writes values bytes [R, C * item] in dtype: the inverse of quantize_rows.");
+
+static PyObject *dequantize_rows(PyObject *module, PyObject *const *objects, Py_ssize_t num_objects) {
+    static const table_rule rules[] = {
+        {"payload", 2, BYTE_ROWS, INPUT, NEEDED},
+        {"scales", 2, FLOAT32S, INPUT, NEEDED},
+        {"values", 2, BYTE_ROWS, OUTPUT, NEEDED},
+    };
+    (void)module;
+    tables held;
+    if (check_count(num_objects, 8) != 0) return NULL;
+    PyObject *const arrays[] = {objects[0], objects[2], objects[5]};
+    if (hold_tables(&held, rules, 3, arrays) != 0) return NULL;
+
+    PyObject *result = NULL;
+    rows_dtype dtype, wire;
+    Py_ssize_t columns;
+    int64_t block_rows, block_columns;
+    const Py_ssize_t num_rows = held.views[2].shape[0];
+    const simd_loops *loops = take_loops(objects[7]);
+    if (loops != NULL && take_dtype(objects[1], "wire", ROWS_NUM_ROW_DTYPES, ROWS_NUM_DTYPES, &wire) == 0 &&
+        take_dtype(objects[6], "dtype", 0, ROWS_NUM_ROW_DTYPES, &dtype) == 0 &&
+        (columns = take_columns(&held, 2, dtype)) >= 0 && check_shape(&held, 0, num_rows, columns) == 0 &&
+        take_blocks(&held, num_rows, columns, 1, objects + 3, &block_rows, &block_columns) == 0) {
+        rows_status status;
+        Py_BEGIN_ALLOW_THREADS
+        status = rows_dequantize(loops, wire, as_input(&held.views[0]), columns, held.views[1].buf, block_rows,
+                                 block_columns, dtype, as_output(&held.views[2]));
+        Py_END_ALLOW_THREADS
+        result = rows_result(status, &(rows_fault){0, 0}, 0, num_rows);
+    }
+    release_tables(&held);
+    return result;
+}
+
+PyDoc_STRVAR(simd_name_doc, "simd_name()\n--\n\nThe set of instructions that the functions on rows use here.");
+
+static PyObject *simd_name(PyObject *module, PyObject *const *objects, Py_ssize_t num_objects) {
+    (void)module;
+    (void)objects;
+    return check_count(num_objects, 0) != 0 ? NULL : PyUnicode_FromString(simd_find("")->name);
+}
+
+PyDoc_STRVAR(simd_names_doc,
+             "simd_names()\n--\n\nEvery set that this machine can use, best first; all give the same results.");
+
+static PyObject *simd_names(PyObject *module, PyObject *const *objects, Py_ssize_t num_objects) {
+    (void)module;
+    (void)objects;
+    if (check_count(num_objects, 0) != 0) return NULL;
+    PyObject *names = PyTuple_New(simd_count());
+    for (int i = 0; names != NULL && i < simd_count(); i++) {
+        PyObject *name = PyUnicode_FromString(simd_at(i)->name);
+        if (name == NULL) {
+            Py_CLEAR(names);
+        } else {
+            PyTuple_SET_ITEM(names, i, name);
+        }
+    }
+    return names;
+}
+
+/* ---- end of rows ------------------------------------------------------------------------------------------------ */
+
 #define METHOD(function) {#function, (PyCFunction)(void (*)(void))function, METH_FASTCALL, function##_doc}
 
 static PyMethodDef methods[] = {
-    METHOD(dispatch_count), METHOD(dispatch_fill), METHOD(expand_count), METHOD(expand_fill), {NULL, NULL, 0, NULL},
+    METHOD(dispatch_count), METHOD(dispatch_fill), METHOD(expand_count), METHOD(expand_fill),
+    METHOD(pack_rows), METHOD(unpack_rows), METHOD(sum_rows), METHOD(quantize_rows), METHOD(dequantize_rows),
+    METHOD(simd_name), METHOD(simd_names),
+    METHOD(exchange_control_bytes), METHOD(exchange_send), METHOD(exchange_receive), METHOD(exchange_look),
+    METHOD(exchange_await), {NULL, NULL, 0, NULL},
 };
 
 static PyModuleDef_Slot module_slots[] = {

@@ -2,13 +2,23 @@
 
 Source of the format: the DeepSeek-V3 checkpoint's config.json (`quantization_config`: quant_method fp8, fmt e4m3,
 weight_block_size [128, 128]); value = float8 x weight_scale_inv of its block.
+
+On a CPU the C extension does the work where it is built, in one thread per call and without a float32 copy of the
+weight; the torch twins (`*_torch`) give the same bits, where a nan equals every other.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
+from ..core import native
+
 BLOCK = 128
+_NAMES = {
+    dtype: str(dtype).removeprefix("torch.")
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
+}
 
 
 def dequantize_blocks(
@@ -18,12 +28,24 @@ def dequantize_blocks(
 
     Raises ValueError when the scales do not cover the weight.
     """
+    differentiable = scale_inv.requires_grad and torch.is_grad_enabled()
+    if differentiable or weight.dtype != torch.float8_e4m3fn or not _takes_c(dtype, weight, scale_inv):
+        return dequantize_blocks_torch(weight, scale_inv, dtype, block)
+    _check_scales(weight, scale_inv, block)
+    values = torch.empty(weight.shape, dtype=dtype)
+    scales = scale_inv.detach().float().contiguous().numpy()
+    native.extension.dequantize_rows(
+        _byte_rows(weight), _NAMES[weight.dtype], scales, *block, _byte_rows(values), _NAMES[dtype], ""
+    )
+    return values
+
+
+def dequantize_blocks_torch(
+    weight: torch.Tensor, scale_inv: torch.Tensor, dtype: torch.dtype, block: tuple[int, int] = (BLOCK, BLOCK)
+) -> torch.Tensor:
+    """The torch twin of dequantize_blocks: same arguments, values and errors, on any device."""
+    needed = _check_scales(weight, scale_inv, block)
     rows, cols = weight.shape
-    needed = (-(-rows // block[0]), -(-cols // block[1]))
-    if tuple(scale_inv.shape) != needed:
-        raise ValueError(
-            f"scales of shape {tuple(scale_inv.shape)} for a weight of {tuple(weight.shape)}: need {needed}"
-        )
     values = weight.to(torch.float32)
     if rows % block[0] == 0 and cols % block[1] == 0:
         blocks = values.view(needed[0], block[0], needed[1], block[1])
@@ -35,11 +57,53 @@ def dequantize_blocks(
 def quantize_blocks(weight: torch.Tensor, block: int = BLOCK) -> tuple[torch.Tensor, torch.Tensor]:
     """[rows, cols] float to (float8_e4m3fn [rows, cols], float32 scales [ceil(rows/b), ceil(cols/b)]).
 
-    The scale of a block is its largest absolute value / 448, the largest finite e4m3 value.
+    The scale of a block is its largest absolute value / 448, the largest finite e4m3 value. Not differentiable.
     """
+    if not _takes_c(weight.dtype, weight):
+        return quantize_blocks_torch(weight, block)
+    rows, cols = weight.shape
+    quantised = torch.empty(rows, cols, dtype=torch.float8_e4m3fn)
+    scale = torch.empty(-(-rows // block), -(-cols // block))
+    native.extension.quantize_rows(
+        *(_byte_rows(weight), _NAMES[weight.dtype]),
+        *(_byte_rows(quantised), _NAMES[quantised.dtype], scale.numpy()),
+        *(block, block, "weight", ""),
+    )
+    return quantised, scale
+
+
+@torch.no_grad()
+def quantize_blocks_torch(weight: torch.Tensor, block: int = BLOCK) -> tuple[torch.Tensor, torch.Tensor]:
+    """The torch twin of quantize_blocks: same arguments and values, on any device."""
     rows, cols = weight.shape
     padded = torch.nn.functional.pad(weight.float(), (0, -cols % block, 0, -rows % block))
     blocks = padded.view(padded.shape[0] // block, block, padded.shape[1] // block, block)
     scale = blocks.abs().amax(dim=(1, 3)).clamp(min=1e-12) / 448.0
     quantised = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn).view(padded.shape)
     return quantised[:rows, :cols].contiguous(), scale
+
+
+def _check_scales(weight: torch.Tensor, scale_inv: torch.Tensor, block: tuple[int, int]) -> tuple[int, int]:
+    rows, cols = weight.shape
+    needed = (-(-rows // block[0]), -(-cols // block[1]))
+    if tuple(scale_inv.shape) != needed:
+        raise ValueError(
+            f"scales of shape {tuple(scale_inv.shape)} for a weight of {tuple(weight.shape)}: need {needed}"
+        )
+    return needed
+
+
+def _takes_c(dtype: torch.dtype, *tensors: torch.Tensor) -> bool:
+    """Whether C runs: `dtype` is that of the values outside FP8."""
+    known = dtype in _NAMES and dtype != torch.float8_e4m3fn
+    return native.extension is not None and known and all(tensor.device.type == "cpu" for tensor in tensors)
+
+
+def _byte_rows(weight: torch.Tensor) -> np.ndarray:
+    """[rows, cols] as uint8 [rows, cols * itemsize]: the same memory, unless C could not read it as it lies."""
+    weight = weight.detach()
+    if weight.data_ptr() % weight.dtype.itemsize:  # a mapped file may begin anywhere
+        weight = weight.clone()
+    if weight.stride(1) != 1 or weight.shape[1] == 1:  # the stride of a single value may be anything
+        weight = weight.contiguous().as_strided(weight.shape, (weight.shape[1], 1))
+    return weight.view(torch.uint8).numpy()

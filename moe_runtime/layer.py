@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .comm.cuda import combine_rows
 from .comm.dispatch import IDLE, WORKING, Dispatcher, DispatchHandle
+from .comm.rows import combine_rows
 from .core.placement import Placement
 from .experts.compute import grouped_experts
 from .experts.routing import ReplicaChooser
@@ -75,7 +75,7 @@ class ExpertParallel:
             return grouped_experts(self, rows, identity, handle.rows_per_slot)
         outputs = grouped_experts(self, rows, handle.row_index, handle.rows_per_slot)
         weights_M = handle.topk_weights[handle.row_index, handle.choice_index]
-        return combine_rows(outputs, handle.row_index, rows.shape[0], outputs.dtype, weights_M)
+        return combine_rows(outputs, handle.row_index, rows.shape[0], weights_M)
 
 
 @functools.cache

@@ -96,10 +96,10 @@ def test_sums_have_the_bits_of_the_cpu(request, monkeypatch, dtype, by):
         request.getfixturevalue("kernels")
     else:
         monkeypatch.setattr(cuda, "takes", lambda *arguments: False)
-    for values, tokens, choices, num_tokens, weights, out in sums_to_make(dtype):
-        expected = cuda.combine_rows(values, tokens, num_tokens, out, weights, choices)
+    for values, tokens, choices, num_tokens, weights, _ in sums_to_make(dtype):
+        expected = rows.combine_rows(values, tokens, num_tokens, weights, choices)
         moved = [None if tensor is None else tensor.cuda() for tensor in (weights, choices)]
-        got = cuda.combine_rows(values.cuda(), tokens.cuda(), num_tokens, out, *moved)
+        got = rows.combine_rows(values.cuda(), tokens.cuda(), num_tokens, *moved)
         assert got.is_cuda and same(got.cpu(), expected)
 
 
@@ -110,10 +110,10 @@ def test_sums_repeat_bit_for_bit_where_many_rows_meet(kernels, dtype):
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(20_000, 1000, generator=generator).to(dtype)
     tokens = torch.randint(3, (20_000,), generator=generator)
-    expected = cuda.combine_rows(values, tokens, 3, dtype)
+    expected = rows.combine_rows(values, tokens, 3)
     on_device = to_cuda(values, tokens)
     for _ in range(10):
-        assert same(cuda.combine_rows(*on_device, 3, dtype).cpu(), expected)
+        assert same(rows.combine_rows(*on_device, 3).cpu(), expected)
 
 
 @on_cuda
@@ -124,8 +124,8 @@ def test_gradients_of_sums(kernels):
     grads = []
     for device in ("cpu", "cuda"):
         v, w = values.to(device).requires_grad_(), weights.to(device).requires_grad_()
-        plain = cuda.combine_rows(v, tokens.to(device), 9, v.dtype)
-        weighted = cuda.combine_rows(v, tokens.to(device), 9, v.dtype, w)
+        plain = rows.combine_rows(v, tokens.to(device), 9)
+        weighted = rows.combine_rows(v, tokens.to(device), 9, w)
         grads.append(torch.autograd.grad(plain, v, y_grad.to(device)))
         grads[-1] += torch.autograd.grad(weighted, (v, w), y_grad.to(device))
     assert all_same([grad.cpu() for grad in grads[1][:2]], grads[0][:2])

@@ -254,8 +254,10 @@ def test_combine_rows_adds_one_row_after_the_other(dtype, threads):
     try:
         for values, tokens, choices, num_tokens, weights, out in sums_to_make(dtype):
             expected = sum_slowly(values, tokens, choices, num_tokens, weights, out)
-            got = cuda.combine_rows(values, tokens, num_tokens, out, weights, choices)
-            assert same(got, expected)
+            got = rows.combine_rows(values, tokens, num_tokens, weights, choices)
+            twin = rows.combine_rows_torch(values, tokens, num_tokens, weights, choices)
+            rounded = sum_slowly(values, tokens, choices, num_tokens, weights, dtype)
+            assert same(got, rounded) and same(twin, rounded)
             order, starts = cuda.order_of_rows(tokens, choices, num_tokens)
             assert same(cuda.sum_in_passes(values, order, starts, weights).to(out), expected)
     finally:
@@ -279,7 +281,7 @@ def test_combine_rows_equals_the_sums_that_dispatch_and_the_experts_make():
         home = torch.randn(40, 12, generator=generator).to(dtype).requires_grad_()
         tokens, y_grad = torch.randint(9, (40,), generator=generator), torch.randn(9, 12, generator=generator).to(dtype)
         plain = torch.zeros(9, 12).index_add(0, tokens, home.float()).to(dtype)
-        ours = cuda.combine_rows(home, tokens, 9, dtype)
+        ours = rows.combine_rows(home, tokens, 9)
         grads = [torch.autograd.grad(y, home, y_grad)[0] for y in (plain, ours)]
         assert same(ours, plain) and same(*grads)
 
@@ -292,7 +294,7 @@ def test_combine_rows_equals_the_sums_that_dispatch_and_the_experts_make():
             pair = (choice == k).nonzero().squeeze(1)
             weighted = out[pair].float() * weights_TK[token[pair], k].unsqueeze(1)
             y = y.index_add(0, token[pair], weighted)
-        ours = cuda.combine_rows(out, token, 9, dtype, weights_TK[token, choice], choice)
+        ours = rows.combine_rows(out, token, 9, weights_TK[token, choice], choice)
         expected = torch.autograd.grad(y.to(dtype), (out, weights_TK), y_grad)
         assert same(ours, y.to(dtype))
         assert all_same(torch.autograd.grad(ours, (out, weights_TK), y_grad), expected)
@@ -303,12 +305,12 @@ def test_the_gradients_of_combine_rows():
     values = torch.randn(7, 3, generator=generator, dtype=torch.float64, requires_grad=True)
     weights = torch.rand(7, generator=generator, dtype=torch.float64, requires_grad=True)
     tokens, choices = torch.tensor([0, 2, 2, 1, 0, 2, 0]), torch.tensor([1, 0, 2, 0, 0, 1, 2])
-    assert torch.autograd.gradcheck(lambda v: cuda.combine_rows(v, tokens, 4, v.dtype), (values,))
+    assert torch.autograd.gradcheck(lambda v: rows.combine_rows(v, tokens, 4), (values,))
     assert torch.autograd.gradcheck(
-        lambda v, w: cuda.combine_rows(v, tokens, 4, v.dtype, w, choices), (values, weights)
+        lambda v, w: rows.combine_rows(v, tokens, 4, w, choices), (values, weights)
     )
     none = torch.empty(0, 3, requires_grad=True)  # a rank whose rows are all elsewhere stays part of the graph
-    cuda.combine_rows(none, tokens[:0], 4, none.dtype).sum().backward()
+    rows.combine_rows(none, tokens[:0], 4).sum().backward()
     assert none.grad.shape == (0, 3)
 
 

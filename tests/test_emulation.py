@@ -241,7 +241,7 @@ def test_memory_copies_pinned_memory_streams_and_seeds():
 
 
 def runs_model(family: str) -> None:
-    vendor = {"deepseek_v3": "ascend", "deepseek_v4": "metax"}[family]
+    vendor = {"deepseek_v2": "biren", "deepseek_v3": "ascend", "deepseek_v4": "metax"}[family]
     device = emulate(vendor)
     host = reference_model(family)
     tokens = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(7))

@@ -14,8 +14,8 @@ import pytest
 import torch
 import transformers
 
-from moe_runtime.comm.cuda import combine_rows
 from moe_runtime.comm.plan import plan_expand
+from moe_runtime.comm.rows import combine_rows
 from moe_runtime.experts.compute import grouped_experts
 from moe_runtime.layer import is_experts_module
 
@@ -103,5 +103,5 @@ def test_grouped_experts_equal_the_classs_own_forward(module_name, name):
         row_index = torch.from_numpy(order.row_index)
         outputs = grouped_experts(experts, x, row_index, order.rows_per_slot)
         weights_M = weights[row_index, torch.from_numpy(order.k_index)]
-        ours = combine_rows(outputs, row_index, TOKENS, outputs.dtype, weights_M)
+        ours = combine_rows(outputs, row_index, TOKENS, weights_M)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)

@@ -47,7 +47,14 @@ def launch(folder, *arguments, **settings):
 def start(folder, *arguments):
     """Start moe-launch, in a process group of its own, and do not wait for it."""
     with open(folder / "out", "wb") as out, open(folder / "err", "wb") as err:
-        return subprocess.Popen([*MOE_LAUNCH, *arguments], cwd=folder, stdout=out, stderr=err, start_new_session=True)
+        # Under nohup these tests inherit an ignored SIGHUP, which moe-launch would rightly go on ignoring.
+        before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        try:
+            return subprocess.Popen(
+                [*MOE_LAUNCH, *arguments], cwd=folder, stdout=out, stderr=err, start_new_session=True
+            )
+        finally:
+            signal.signal(signal.SIGHUP, before)
 
 
 def wait_until(condition, what, seconds=30.0):
