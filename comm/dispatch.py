@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -171,8 +172,7 @@ class Dispatcher:
             route = handle.route
         else:
             raise ConfigError("dispatch: the handle belongs to another routing; leave it out")
-        packed, send_units, recv_units = self._pack(x_TH, weights_TK, route)
-        finish = self.transport.start_all_to_all_v(packed, send_units, recv_units, "dispatch")
+        finish = self._send(x_TH, weights_TK, route)
 
         def wait() -> tuple[torch.Tensor, DispatchHandle]:
             rows, topk_weights, topk_slots, anchor = _DispatchRows.apply(x_TH, weights_TK, self, route, finish)
@@ -240,6 +240,19 @@ class Dispatcher:
         recv_counts, states = self._exchange_counts(plan, tag, state)
         tokens, slots = (torch.from_numpy(array).to(device) for array in (plan.send_tokens, plan.send_slots))
         return Route(plan, recv_counts, states, tokens, slots)
+
+    def _send(self, x_TH: torch.Tensor, weights_TK: torch.Tensor, route: Route) -> Callable[[], torch.Tensor]:
+        """Start the exchange of packed rows; where the transport can, they are packed where the receiver reads them."""
+        x_TH, weights_TK = x_TH.detach(), weights_TK.detach()
+        if self._uniform and writes_in_place(self.transport, x_TH):
+            layout = self.layouts[0]
+
+            def fill(begin: int, end: int, out: torch.Tensor) -> None:
+                pack(x_TH, weights_TK, route.tokens[begin:end], route.slots[begin:end], layout, out)
+
+            return self.transport.start_rows(layout.row_bytes, route.send_counts, route.recv_counts, fill, "dispatch")
+        packed, send_units, recv_units = self._pack(x_TH, weights_TK, route)
+        return self.transport.start_all_to_all_v(packed, send_units, recv_units, "dispatch")
 
     def _pack(
         self, x_TH: torch.Tensor, weights_TK: torch.Tensor, route: Route
@@ -339,7 +352,7 @@ class _DispatchRows(torch.autograd.Function):
         dispatcher, route = ctx.dispatcher, ctx.route
         x_shape, weights_shape, weights_dtype, weights_device = ctx.shapes
         packed = pack_gradients(grad_rows, grad_weights, dispatcher.exact_layout)
-        home = dispatcher.transport.all_to_all_v(packed, route.recv_counts, route.send_counts, "backward of dispatch")
+        home = _start_rows(packed, dispatcher.transport, route.recv_counts, route.send_counts, "backward of dispatch")()
         hidden, weights = unpack_gradients(home, dispatcher.exact_layout)
         grad_x = combine_rows(hidden, route.tokens, x_shape[0])
         weights = weights.masked_fill(route.slots < 0, 0)
@@ -351,8 +364,28 @@ def _start_exchange(
     rows: torch.Tensor, anchor: torch.Tensor, transport: Transport, send_counts: list[int], recv_counts: list[int]
 ) -> Callable[[], torch.Tensor]:
     """Begin to bring results home; the function that it returns waits for them. Differentiable in `rows`."""
-    finish = transport.start_all_to_all_v(rows.detach().contiguous(), send_counts, recv_counts, "combine")
+    finish = _start_rows(rows.detach(), transport, send_counts, recv_counts, "combine")
     return lambda: _Exchange.apply(rows, anchor, transport, send_counts, recv_counts, finish)
+
+
+def _start_rows(
+    rows: torch.Tensor, transport: Any, send_counts: list[int], recv_counts: list[int], phase: str
+) -> Callable[[], torch.Tensor]:
+    """start_all_to_all_v of rows [N, H], copied once where the transport lets them be written in place."""
+    row_bytes = rows.shape[1] * rows.element_size()
+    if row_bytes % ALIGN or not row_bytes or not writes_in_place(transport, rows):
+        return transport.start_all_to_all_v(rows.contiguous(), send_counts, recv_counts, phase)
+
+    def fill(begin: int, end: int, out: torch.Tensor) -> None:
+        out.view(rows.dtype).copy_(rows[begin:end])
+
+    finish = transport.start_rows(row_bytes, send_counts, recv_counts, fill, phase)
+    return lambda: finish().view(rows.dtype)
+
+
+def writes_in_place(transport: Any, rows: torch.Tensor) -> bool:
+    """Whether the transport lets a sender write rows where the receiver reads them (comm/shm.py's start_rows)."""
+    return rows.device.type == "cpu" and hasattr(transport, "start_rows")
 
 
 class _Exchange(torch.autograd.Function):
@@ -367,7 +400,7 @@ class _Exchange(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_rows):
         transport, send_counts, recv_counts = ctx.exchange
-        grad = transport.all_to_all_v(grad_rows.contiguous(), send_counts, recv_counts, "backward of combine")
+        grad = _start_rows(grad_rows, transport, send_counts, recv_counts, "backward of combine")()
         return grad, torch.zeros(()), None, None, None, None
 
 

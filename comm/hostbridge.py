@@ -1,6 +1,7 @@
-"""Any host transport as the bridge between islands: MPI or gloo, where all nodes have the same one.
+"""Any host transport as the bridge between islands: MPI or gloo, where all nodes have the same one; or FlagCX.
 
-ZeroMQ's bridge (comm/bridge.py) is the default; vendors' images rarely share an MPI or a torch.
+ZeroMQ's bridge (comm/bridge.py) is the default; vendors' images rarely share an MPI or a torch. FlagCX joins vendors'
+devices without a stop in host memory; nobody has run this package with it yet.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from .transport import Transport, Waits
 class HostBridge(StagedTransport):
     """A host transport of the whole world with what islands ask of a bridge; tensors of any device.
 
-    host: the address of this rank that the others reach. Its `waits` give every peer of an exchange the whole wait.
+    host: the address of this rank that the others reach. direct: a transport of the whole world for rows of device
+    tensors, which then do not stop in host memory. Its `waits` give every peer of an exchange the whole wait.
     """
 
-    def __init__(self, transport: Transport, host: str) -> None:
+    def __init__(self, transport: Transport, host: str, direct: Transport | None = None) -> None:
         super().__init__(transport)
-        self.name, self.host = f"bridge:{transport.name}", host
+        self.name, self.host, self._direct = f"bridge:{(direct or transport).name}", host, direct
         self._waits = Waits(transport.size, exact=False)
 
     @property
@@ -38,14 +40,22 @@ class HostBridge(StagedTransport):
         detail: str = "",
         waits: Waits | None = None,
     ) -> Callable[[], None]:
-        """See comm.pairwise.PairwiseTransport.start; one all-to-all of bytes, copied together and apart again."""
+        """See comm.pairwise.PairwiseTransport.start; one all-to-all of bytes, copied together and apart again.
+
+        `waits` is given for exchanges of rows, in which every rank takes part with tensors of its own device.
+        """
         places = {peer: as_bytes(tensor).view(-1) for peer, tensor in incoming.items()}
-        parts = {peer: as_bytes(tensor).view(-1).cpu() for peer, tensor in outgoing.items()}
+        parts = {peer: as_bytes(tensor).view(-1) for peer, tensor in outgoing.items()}
+        over = self._host
+        if self._direct is not None and waits is not None and any(part.device.type != "cpu" for part in parts.values()):
+            over = self._direct
+        else:
+            parts = {peer: part.cpu() for peer, part in parts.items()}
         send_counts, recv_counts = (
             [len(each[peer]) if peer in each else 0 for peer in range(self.size)] for each in (parts, places)
         )
         sent = torch.cat([parts[peer] for peer in sorted(parts)] or [torch.empty(0, dtype=torch.uint8)])
-        finish = self._host.start_all_to_all_v(sent, send_counts, recv_counts, phase)
+        finish = over.start_all_to_all_v(sent, send_counts, recv_counts, phase)
 
         def wait() -> None:
             began = time.monotonic()

@@ -33,16 +33,19 @@ _REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.R
 class NativeTransport:
     """A Transport over a device group, and over gloo (`host`) for CPU tensors. Closing ends both.
 
+    library: what the group speaks, where it is not the vendor's own.
+
     Vendors' libraries do not say which peer was late or lost. Dispatch exchanges its counts over gloo first, where
     every peer is named, and `waits` are those of gloo.
     """
 
-    def __init__(self, group: Any, host: GlooTransport, vendor: Vendor, emulated: bool) -> None:
+    def __init__(
+        self, group: Any, host: GlooTransport, vendor: Vendor, emulated: bool, library: str | None = None
+    ) -> None:
         self._group, self._host, self.vendor = group, host, vendor
         self.rank, self.size, self.deadline_s, self.waits = host.rank, host.size, host.deadline_s, host.waits
-        self.name = f"torch.distributed:{dist.get_backend(group)}" + (
-            f" ({vendor.collective_library.value} emulated)" if emulated else ""
-        )
+        told = f" ({vendor.collective_library.value} emulated)" if emulated else f" ({library})" if library else ""
+        self.name = f"torch.distributed:{dist.get_backend(group)}{told}"
 
     def all_to_all_v(
         self, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str

@@ -6,18 +6,20 @@ listens on the address the launcher named and on nothing else.
 
 from __future__ import annotations
 
+import importlib
 import socket
 from typing import Any
 
 import torch.distributed as dist
 
 from ..core import environment
-from ..core.errors import ConfigError
+from ..core.errors import ConfigError, VendorUnavailable
 from . import bridge, mpi
 from .bridge import disagreement
 from .group import join_group, listen, open_store
 from .hostbridge import HostBridge
 from .islands import ON_CPU, Place, join_islands, over_group
+from .native import NativeTransport
 from .shm import SharedMemoryTransport
 from .staging import StagedTransport
 from .transport import LocalTransport, Transport, deadline
@@ -37,7 +39,7 @@ def connect(
     kind: "gloo", "shm", "mpi", "zeromq", "islands", or "auto": one torch.distributed group over the vendor's library
     (gloo where that is a CPU). about: what must be equal on all ranks that meet over ZeroMQ (versions, hashes);
     torch.distributed has no such check, and the dispatcher's own comes later. place: where this rank computes.
-    bridge_kind: between islands, "zeromq", or "gloo" or "mpi" where all nodes have the same.
+    bridge_kind: between islands, "zeromq", or "gloo" or "mpi" where all nodes have the same, or "flagcx".
 
     If the caller has initialised torch.distributed already, its default group is used and left open on close.
     Raises PeerTimeout when some rank has not come within `timeout_s`, ConfigError when the address cannot be used.
@@ -50,9 +52,10 @@ def connect(
         return joined if kind == "zeromq" else join_islands(joined, place, timeout_s)
     if kind == "islands" and world.size > 1:
         host = world.master_addr or ("127.0.0.1" if one_machine else socket.gethostbyname(socket.gethostname()))
-        over = connect(world, timeout_s, bridge_kind)
+        over = connect(world, timeout_s, "gloo" if bridge_kind == "flagcx" else bridge_kind)
         _compare(over, about or {})
-        return join_islands(HostBridge(over, host), place, timeout_s)
+        direct = _flagcx(over, place, timeout_s) if bridge_kind == "flagcx" else None
+        return join_islands(HostBridge(over, host, direct), place, timeout_s)
     if kind == "mpi" and world.size > 1:
         if world.launcher != "mpi":
             raise ConfigError("transport mpi: MPI has not started these ranks; start them with mpirun")
@@ -82,6 +85,24 @@ def _over_group(place: Place, timeout_s: float, kind: str, group: Any = None) ->
     if kind == "gloo":
         return _staged(over_group(ON_CPU, timeout_s, group), place)
     return over_group(place, timeout_s, group)
+
+
+def _flagcx(host: Any, place: Place, timeout_s: float) -> Transport:
+    """All ranks' devices over FlagCX's torch plug-in, which registers the backend "flagcx".
+
+    Source: FlagCX's own examples (plugin/torch): import flagcx, backend "flagcx" for the device type.
+    """
+    try:
+        importlib.import_module("flagcx")
+    except ImportError as error:
+        raise VendorUnavailable(
+            f'bridge = "flagcx": FlagCX\'s torch plug-in is not here ({error}); build it on every node, or use zeromq'
+        ) from None
+    if place.device.type == "cpu":
+        raise VendorUnavailable('bridge = "flagcx" joins devices; this rank computes on its CPU: use zeromq')
+    group = dist.new_group(backend="flagcx", timeout=deadline(timeout_s))
+    # The same row on every rank: rows are bytes here, and no vendor's own limits apply.
+    return NativeTransport(group, host, ON_CPU.vendor, emulated=False, library="FlagCX")
 
 
 def _compare(transport: Transport, about: dict[str, Any]) -> None:

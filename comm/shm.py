@@ -1,69 +1,57 @@
-"""Ranks of one host over shared memory: the plain version, in Python. Data is copied once in and once out.
+"""Ranks of one host over shared memory. Rows are written once, where the rank that receives them reads them.
 
-Each rank owns one receive window, which holds a mailbox of two chunks for each other rank. A sender copies a chunk
-into its mailbox and says so in a frame on the socket it shares with that rank; the receiver copies the chunk out and
-says that the mailbox is free again. Larger messages take many rounds.
+Each rank owns one window (comm/window.py), which all ranks map when they meet (comm/meeting.py). Messages between two
+ranks are comm/lane.py's; the frames that tell of them travel in shared memory, too, or over sockets where the C
+extension is missing (comm/frames.py). Exchanges, deadlines and whom to blame are owned here.
 
-Rows move only inside calls. Starting an exchange fills the mailboxes, so a rank that computes meanwhile holds up
-nobody whose rows fit into them. The rest moves when the exchange is finished, or in the next call if one comes before:
-two ranks have one message each way under way.
-
-Memory is anonymous (memfd) and its descriptor travels over the sockets: nothing in /dev/shm has a name, so nobody else
-can open it and nothing is left behind, however a rank ends. The sockets' abstract names are unguessable and both ends
-check that the other belongs to the same user.
-
-Ordering: no flag is read from shared memory. A chunk is written before the `send` of its frame and read after the
-`recv` of that frame. Linux puts a frame on a socket's queue and takes it off under that queue's lock, and the lock's
-release and acquire order the writes before the reads on every architecture. The same holds for "free again" frames.
+Rows move only inside calls. Starting an exchange writes what has a place: small messages always, and rows of ranks that
+have started as well. The rest moves when the exchange is finished, or in the next call if one comes before: two ranks
+have one message each way under way. So the rank that starts last holds up nobody by computing meanwhile.
 """
 
 from __future__ import annotations
 
-import fcntl
+import math
 import mmap
 import os
-import secrets
-import select
-import socket
-import struct
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
-from datetime import timedelta
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from ..core.errors import ConfigError, MoeRuntimeError, PeerLost, PeerTimeout
+from .frames import Bell, Broken, Poll, Ring, Waiter, Wire, extension
+from .lane import EAGER_BYTES, ELSEWHERE, SMALL_BYTES, Lane, Lost, Mismatch, Source, Target, bytes_source, rows_source
+from .meeting import meet
 from .transport import Waits, byte_view, check_counts, check_peer, describe_counts, once, reduce_in_rank_order
+from .window import Arena, create, layout_of
 
-_WINDOW_BYTES = 32 << 20
-_CHUNKS = 2  # of each mailbox: one is filled while the other is emptied
-_PAGE = 4096
-_DATA, _FREE, _BLAME = 1, 2, 3
-_FRAME = struct.Struct("=qqq")  # kind; bytes in this chunk (or the rank blamed); bytes of the whole message
-_HELLO = struct.Struct("=qq")  # rank; window bytes
-_CREDENTIALS = struct.Struct("=iii")  # pid, uid, gid: Linux's struct ucred
-_EMPTY = np.empty(0, dtype=np.uint8)
+_WINDOW_BYTES = 256 << 20
+_ROW_ALIGN = 16
+_PATIENCE_S = 0.0002  # how long a start waits for places, so that rows move while this rank computes
+_NOTHING = np.empty(0, dtype=np.uint8)
+_Messages = dict[int, tuple[Source | None, Target | None]]  # by rank, what goes there and what comes
 
 
 class SharedMemoryTransport:
     """Ranks 0..size-1 on one Linux host; CPU tensors.
 
     store: where ranks leave the names of their sockets: anything with torch's Store's `set`, `get` and `wait`; used
-        only here. All ranks must be given the same `window_bytes`, the memory each rank receives into.
+        only here. window_bytes: the most memory each rank receives into, the same on all ranks. Pages are taken from
+        the machine when they are first needed and kept: a world uses what its largest exchange at once needed, and
+        never more than size * window_bytes. Chunks for other ranks are a part of it: 2 MiB each, at most a quarter.
+
+    Results of exchanges that were received in the window stay there while the caller has them. When there is no room
+    left, messages go in rounds through the chunks into memory of their own: slower, never refused.
 
     Every exchange carries the size of each message, so counts that do not match are an error that names both. A rank
     that ends or closes its transport gives the others PeerLost as soon as they wait for it. After an error the
     transport is unusable, since ranks may be in different calls.
     Raises PeerTimeout when a rank has not come within the deadline, ConfigError when ranks are not on one host.
     """
-
-    name = "shm"
 
     def __init__(self, store: Any, rank: int, size: int, deadline_s: float, window_bytes: int = _WINDOW_BYTES) -> None:
         if not 0 <= rank < size:
@@ -73,15 +61,40 @@ class SharedMemoryTransport:
         self._latest: _Exchange | None = None  # all before it have ended
         self._unusable: str | None = None
         self._blamed: int | None = None
-        self._lanes: dict[int, _Lane] = {}
-        window = _create_window(size, window_bytes)
+        self._lanes: dict[int, Lane] = {}
+        self._layout = layout_of(size, window_bytes)
+        descriptor = create(self._layout)
         try:
-            self._meet(store, window)
-        except BaseException:
-            self.close()
-            raise
+            window = mmap.mmap(descriptor, self._layout.window_bytes)
+            peers = meet(store, rank, size, deadline_s, descriptor, self._layout)
         finally:
-            os.close(window)  # the mappings keep the memory
+            os.close(descriptor)  # the mappings keep the memory
+        self._arena = Arena(window, self._layout)
+        without = [peer for peer, one in peers.items() if not one.has_rings] + [rank] * (extension() is None)
+        self._plain = f"frames over sockets: no C extension on ranks {sorted(without)}" if without else ""
+        for peer, one in sorted(peers.items()):
+            wire = Wire(one.connection)
+            frames: Wire | Ring = wire
+            if not without:
+                frames = Ring(extension(), rank, peer, window, one.window, wire)
+            self._lanes[peer] = Lane(wire, frames, one.pid, self._layout, window, one.window, rank, peer)
+        sockets = {peer: one.connection for peer, one in peers.items()}
+        self._waiter: Waiter = Poll(sockets) if without else Bell(window, size)
+
+    @property
+    def name(self) -> str:
+        return f"shm ({self._plain})" if self._plain else "shm"
+
+    def describe(self) -> list[str]:
+        """One line for people."""
+        window, touched, lent = (
+            f"{size / 2**20:.1f} MiB"
+            for size in (self._layout.window_bytes, self._arena.touched_bytes, self._arena.lent_bytes)
+        )
+        return [
+            f"shm: {self._plain or 'frames in shared memory (C)'}; rows up to {window} per rank are written once, "
+            f"in place: {touched} touched so far, {lent} held by results now"
+        ]
 
     def all_to_all_v(
         self, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str
@@ -91,56 +104,113 @@ class SharedMemoryTransport:
     def start_all_to_all_v(
         self, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str
     ) -> Callable[[], torch.Tensor]:
+        """As the contract has it. Rows may come back in this rank's window, as those of start_rows."""
         check_counts(self, send, send_counts, recv_counts, phase)
-        recv = send.new_empty((sum(recv_counts), *send.shape[1:]))
-        outgoing = [byte_view(part) for part in send.detach().split(list(send_counts))]
-        incoming = [byte_view(part) for part in recv.split(list(recv_counts))]
-        exchange = self._start_all(outgoing, incoming, phase, describe_counts(send_counts, recv_counts))
+        row_bytes = send.element_size() * math.prod(send.shape[1:])
+        shape = (sum(recv_counts), *send.shape[1:])
+        data: Any
+        memory: Any
+        at = ELSEWHERE
+        if 0 < row_bytes * max(*send_counts, *recv_counts) <= SMALL_BYTES and shape[0]:  # counts: fewest steps
+            memory = memoryview(bytearray(row_bytes * shape[0]))
+            recv = torch.frombuffer(memory, dtype=send.dtype).view(shape)
+            data = memoryview(_bytes_of(send))
+        else:
+            if any(row_bytes * count > EAGER_BYTES for peer, count in enumerate(recv_counts) if peer != self.rank):
+                at, memory = self._take_memory(row_bytes * shape[0])
+                recv = torch.from_numpy(memory).view(send.dtype).view(shape)
+            else:
+                recv = send.new_empty(shape)
+                memory = byte_view(recv)
+            data = byte_view(send)
+        sources, targets, begin, place = [], [], 0, 0
+        for send_count, recv_count in zip(send_counts, recv_counts, strict=True):
+            end, after = begin + row_bytes * send_count, place + row_bytes * recv_count
+            sources.append(bytes_source(data[begin:end], direct=end - begin > EAGER_BYTES))
+            direct = after - place > EAGER_BYTES
+            targets.append(Target(memory[place:after], at + place if direct and at != ELSEWHERE else ELSEWHERE, direct))
+            begin, place = end, after
+        return self._start_rows(sources, targets, recv, send_counts, recv_counts, phase)
 
-        def finish() -> torch.Tensor:
-            self._finish(exchange)
-            for peer, seconds in exchange.waited_s.items():
-                self.waits.add(peer, seconds)
-            return recv
+    def start_rows(
+        self,
+        row_bytes: int,
+        send_counts: Sequence[int],
+        recv_counts: Sequence[int],
+        fill: Callable[[int, int, torch.Tensor], None],
+        phase: str,
+    ) -> Callable[[], torch.Tensor]:
+        """An all_to_all_v of packed rows that are written where they will be read, instead of being copied there.
 
-        return once(finish, phase)
+        fill(begin, end, out) writes rows begin..end, numbered over all destinations in order, into `out`, uint8
+        [end - begin, row_bytes] in the receiver's window. It is called in this call or when the exchange is finished,
+        once for each row, with the rows of one destination at a time. row_bytes is a multiple of 16.
+
+        The returned function waits and gives uint8 [sum(recv_counts), row_bytes], grouped by source, once. Where this
+        rank's window has room for all of them, that is memory of the window itself, lent until the tensor and all
+        views of it are gone (a forked child, which shares it, must copy what it needs). Where it has none, rows go
+        through chunks into memory that is taken for the result, of just its size; a sender whose rows are larger than
+        a chunk (1 MiB, less in small windows) takes memory for one row for each such receiver.
+
+        After an error in `fill` the transport is unusable.
+        """
+        self._check_row_counts(row_bytes, send_counts, recv_counts, phase)
+        at, memory = self._take_memory(row_bytes * sum(recv_counts))
+        sources, targets, row, place = [], [], 0, 0
+        for send_count, recv_count in zip(send_counts, recv_counts, strict=True):
+            after = place + row_bytes * recv_count
+            sources.append(rows_source(fill, row, send_count, row_bytes))
+            targets.append(Target(memory[place:after], ELSEWHERE if at == ELSEWHERE else at + place, True))
+            row, place = row + send_count, after
+        result = torch.from_numpy(memory).view(-1, row_bytes)
+        return self._start_rows(sources, targets, result, send_counts, recv_counts, phase)
 
     def all_reduce(self, tensor: torch.Tensor, phase: str, op: str = "sum") -> None:
-        """In rank order, so that the result is the same for any timing: each rank reduces its part of the tensor."""
+        """In rank order, so that the result is the same for any timing; of large tensors each rank reduces a part."""
         flat = tensor.detach().view(-1)
+        if flat.numel() * flat.element_size() <= SMALL_BYTES:
+            flat.copy_(reduce_in_rank_order(list(self.all_gather(flat, phase)), op))
+            return
         bounds = [len(flat) * rank // self.size for rank in range(self.size + 1)]
         counts = [end - begin for begin, end in zip(bounds, bounds[1:], strict=False)]
         mine = counts[self.rank]
         parts = flat.new_empty((self.size, mine)).unbind(0)
         outgoing, incoming = [byte_view(part) for part in flat.split(counts)], [byte_view(part) for part in parts]
-        self._exchange_all(outgoing, incoming, phase, describe_counts(counts, [mine] * self.size))
+        self._exchange_all(outgoing, incoming, phase, lambda: describe_counts(counts, [mine] * self.size))
         reduced = byte_view(reduce_in_rank_order(parts, op))
-        self._exchange_all([reduced] * self.size, outgoing, phase, f"all_reduce of {len(flat)} {tensor.dtype}")
+        detail = f"all_reduce of {len(flat)} {tensor.dtype}"
+        self._exchange_all([reduced] * self.size, outgoing, phase, lambda: detail)
 
     def all_gather(self, tensor: torch.Tensor, phase: str) -> torch.Tensor:
         out = tensor.new_empty((self.size, *tensor.shape))
-        detail = f"all_gather of {tuple(tensor.shape)} {tensor.dtype}"
-        self._exchange_all([byte_view(tensor)] * self.size, [byte_view(part) for part in out.unbind(0)], phase, detail)
+        self._exchange_all(
+            [byte_view(tensor)] * self.size,
+            [byte_view(part) for part in out.unbind(0)],
+            phase,
+            lambda: f"all_gather of {tuple(tensor.shape)} {tensor.dtype}",
+        )
         return out
 
     def broadcast(self, tensor: torch.Tensor, root: int, phase: str) -> None:
-        data, detail = byte_view(tensor), f"broadcast of {tuple(tensor.shape)} {tensor.dtype} from rank {root}"
+        data = byte_view(tensor)
+        messages: _Messages = {root: (None, Target(data))}
         if self.rank == root:
-            self._exchange(dict.fromkeys(self._lanes, data), {}, phase, detail)
-        else:
-            self._exchange({}, {root: data}, phase, detail)
+            messages = {peer: (bytes_source(data), None) for peer in self._lanes}
+        detail = f"broadcast of {tuple(tensor.shape)} {tensor.dtype} from rank {root}"
+        self._finish(self._start(messages, phase, lambda: detail))
 
     def send(self, tensor: torch.Tensor, to: int, phase: str) -> None:
         check_peer(self, to, phase)
-        self._exchange({to: byte_view(tensor)}, {}, phase, f"sending {tuple(tensor.shape)} {tensor.dtype} to rank {to}")
+        detail = f"sending {tuple(tensor.shape)} {tensor.dtype} to rank {to}"
+        self._finish(self._start({to: (bytes_source(byte_view(tensor)), None)}, phase, lambda: detail))
 
     def recv(self, tensor: torch.Tensor, source: int, phase: str) -> None:
         check_peer(self, source, phase)
         detail = f"receiving {tuple(tensor.shape)} {tensor.dtype} from rank {source}"
-        self._exchange({}, {source: byte_view(tensor)}, phase, detail)
+        self._finish(self._start({source: (None, Target(byte_view(tensor)))}, phase, lambda: detail))
 
     def barrier(self, phase: str) -> None:
-        self._exchange_all([_EMPTY] * self.size, [_EMPTY] * self.size, phase, "")
+        self._exchange_all([_NOTHING] * self.size, [_NOTHING] * self.size, phase, lambda: "")
 
     def close(self) -> None:
         self._unusable = self._unusable or "it is closed"
@@ -150,89 +220,153 @@ class SharedMemoryTransport:
 
     # ---- moving bytes -------------------------------------------------------------------------------------------
 
-    def _exchange_all(self, outgoing: list[np.ndarray], incoming: list[np.ndarray], phase: str, detail: str) -> None:
-        self._finish(self._start_all(outgoing, incoming, phase, detail))
+    def _take_memory(self, num_bytes: int) -> tuple[int, np.ndarray]:
+        """(where in the window, memory): a region of the window if there is room."""
+        if not num_bytes:
+            return ELSEWHERE, _NOTHING
+        return self._arena.lend(num_bytes) or (ELSEWHERE, np.empty(num_bytes, dtype=np.uint8))
 
-    def _start_all(self, outgoing: list[np.ndarray], incoming: list[np.ndarray], phase: str, detail: str) -> _Exchange:
-        if len(outgoing[self.rank]) != len(incoming[self.rank]):
-            raise ConfigError(f"{phase}: rank {self.rank} does not agree with itself, {detail}")
-        incoming[self.rank][:] = outgoing[self.rank]
-        return self._start(
-            {peer: outgoing[peer] for peer in self._lanes},
-            {peer: incoming[peer] for peer in self._lanes},
-            phase,
-            detail,
-        )
-
-    def _exchange(
-        self, outgoing: dict[int, np.ndarray], incoming: dict[int, np.ndarray], phase: str, detail: str
+    def _check_row_counts(
+        self, row_bytes: int, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str
     ) -> None:
-        self._finish(self._start(outgoing, incoming, phase, detail))
+        if row_bytes <= 0 or row_bytes % _ROW_ALIGN:
+            raise ConfigError(f"{phase}: row_bytes must be a positive multiple of {_ROW_ALIGN}, got {row_bytes}")
+        no_bytes = torch.empty(max(sum(send_counts), 0), 0)  # as many rows as there will be
+        check_counts(self, no_bytes, send_counts, recv_counts, phase)
+
+    def _start_rows(
+        self,
+        sources: list[Source],
+        targets: list[Target],
+        result: torch.Tensor,
+        send_counts: Sequence[int],
+        recv_counts: Sequence[int],
+        phase: str,
+    ) -> Callable[[], torch.Tensor]:
+        exchange = self._start_all(sources, targets, phase, lambda: describe_counts(send_counts, recv_counts))
+        results = [result]  # emptied, so that who keeps the function does not keep the rows
+
+        def finish() -> torch.Tensor:
+            self._finish(exchange)
+            for peer, seconds in exchange.waited_s.items():
+                self.waits.add(peer, seconds)
+            return results.pop()
+
+        return once(finish, phase)
+
+    def _exchange_all(
+        self, outgoing: list[np.ndarray], incoming: list[np.ndarray], phase: str, detail: Callable[[], str]
+    ) -> None:
+        sources, targets = [bytes_source(data) for data in outgoing], [Target(memory) for memory in incoming]
+        self._finish(self._start_all(sources, targets, phase, detail))
+
+    def _start_all(
+        self, sources: list[Source], targets: list[Target], phase: str, detail: Callable[[], str]
+    ) -> _Exchange:
+        """One message to and from every rank, this one included."""
+        mine, place = sources[self.rank], targets[self.rank]
+        if mine.total != len(place.memory):
+            raise ConfigError(f"{phase}: rank {self.rank} does not agree with itself, {detail()}")
+        return self._start({peer: (sources[peer], targets[peer]) for peer in self._lanes}, phase, detail, (mine, place))
 
     def _start(
-        self, outgoing: dict[int, np.ndarray], incoming: dict[int, np.ndarray], phase: str, detail: str
+        self,
+        messages: _Messages,
+        phase: str,
+        detail: Callable[[], str],
+        own: tuple[Source, Target] | None = None,
     ) -> _Exchange:
-        """One message to each rank of `outgoing` and one from each of `incoming`, all at once, in chunks.
+        """One message to a rank, from it or both, all at once; `own` is from this rank to itself.
 
         An empty message is sent as well. Ends the exchange that is under way first, if there is one.
         """
         self._check_usable(phase)
-        if self._latest is not None:
+        if self._latest is not None and self._latest.busy:
             self._finish(self._latest)
-        busy = {peer: self._lanes[peer] for peer in sorted({*outgoing, *incoming})}
-        for peer, lane in busy.items():
-            lane.begin(outgoing.get(peer), incoming.get(peer))
-        where = f"rank {self.rank}, phase {phase}" + (f", {detail}" if detail else "")
-        self._latest = exchange = _Exchange(busy, phase, where)
+        self._latest = exchange = _Exchange({peer: self._lanes[peer] for peer in messages}, phase, detail, {})
+        for peer, (source, target) in messages.items():
+            self._step(exchange, peer, self._lanes[peer].begin, source, target)
+        if own is not None and own[0].total:
+            self._step(exchange, self.rank, own[0].write, 0, own[1].memory)
         self._work(exchange, 0.0)
+        self._await_places(exchange)
         return exchange
+
+    def _await_places(self, exchange: _Exchange) -> None:
+        until = None
+        while any(lane.needs_place for lane in exchange.busy.values()):
+            now = time.monotonic()
+            until = until or now + _PATIENCE_S
+            if now >= until:
+                return
+            self._waiter.wait(exchange.busy, until - now)
+            self._work(exchange, 0.0)
 
     def _finish(self, exchange: _Exchange) -> None:
         """Until all messages are received and all of this rank's are in the receivers' windows."""
         if not exchange.busy:  # so it was at once, or a later call has ended it
             return
         self._check_usable(exchange.phase)
-        began, waited = time.monotonic(), 0.0
+        waited = 0.0  # not the time that this rank's own writing takes
         while exchange.busy:
             if waited >= self.deadline_s:
                 self._time_out(exchange)
-            poll = select.poll()
-            for lane in exchange.busy.values():
-                poll.register(lane.socket, select.POLLIN)
-            poll.poll(1000 * (self.deadline_s - waited))
-            waited = time.monotonic() - began  # before rows are copied: those that lie ready are not waited for
+            began = time.monotonic()
+            quiet = self._waiter.wait(exchange.busy, self.deadline_s - waited)
+            waited += time.monotonic() - began
+            if quiet:
+                for peer, lane in exchange.busy.items():
+                    self._step(exchange, peer, lane.check)
             self._work(exchange, waited)
 
     def _work(self, exchange: _Exchange, waited: float) -> None:
         """Everything that can be done now without waiting."""
+        self._waiter.look()
         for peer, lane in list(exchange.busy.items()):
-            try:
-                lane.work()
-            except _Lost as lost:
-                self._unusable, self._blamed = f"phase {exchange.phase} lost rank {peer}", peer
-                raise PeerLost(
-                    f"{exchange.where}: rank {peer} (process {lane.pid}) {lost}; look at its log",
-                    rank=peer,
-                    phase=exchange.phase,
-                ) from None
-            except _Mismatch as mismatch:
-                self._unusable, self._blamed = f"of a mismatch in phase {exchange.phase}", peer
-                raise MoeRuntimeError(
-                    f"{exchange.where}: rank {peer} {mismatch}; all ranks must make the same calls in the same order, "
-                    "with counts that match"
-                ) from None
+            self._step(exchange, peer, lane.work)
             if lane.received:
                 exchange.waited_s.setdefault(peer, waited)
             if lane.idle:
                 del exchange.busy[peer]
+
+    def _step(self, exchange: _Exchange, peer: int, step: Callable[..., None], *arguments: Any) -> None:
+        """A step of an exchange with `peer`; whatever stops it makes the transport unusable."""
+        try:
+            step(*arguments)
+        except Lost as lost:
+            self._unusable, self._blamed = f"phase {exchange.phase} lost rank {peer}", peer
+            raise PeerLost(
+                f"{self._where(exchange)}: rank {peer} (process {self._lanes[peer].pid}) {lost}; look at its log",
+                rank=peer,
+                phase=exchange.phase,
+            ) from None
+        except Mismatch as mismatch:
+            self._unusable, self._blamed = f"of a mismatch in phase {exchange.phase}", peer
+            raise MoeRuntimeError(
+                f"{self._where(exchange)}: rank {peer} {mismatch}; all ranks must make the same calls in the same "
+                "order, with counts that match"
+            ) from None
+        except Broken as broken:
+            self._unusable, self._blamed = f"rank {peer} broke the protocol in phase {exchange.phase}", peer
+            raise MoeRuntimeError(
+                f"{self._where(exchange)}: what rank {peer} (process {self._lanes[peer].pid}) wrote to shared memory "
+                f"cannot be: {broken}; it is faulty, or something has overwritten the memory"
+            ) from None
+        except BaseException as error:
+            self._unusable = f"{type(error).__name__} ended phase {exchange.phase} before its time"
+            raise
+
+    def _where(self, exchange: _Exchange) -> str:
+        detail = exchange.detail()
+        return f"rank {self.rank}, phase {exchange.phase}" + (f", {detail}" if detail else "")
 
     def _time_out(self, exchange: _Exchange) -> NoReturn:
         busy, phase = exchange.busy, exchange.phase
         self._unusable, self._blamed = f"phase {phase} timed out", next(iter(busy))
         progress = "; ".join(f"rank {peer}: {lane.progress()}" for peer, lane in busy.items())
         raise PeerTimeout(
-            f"{exchange.where}: waited {self.deadline_s:g} s for ranks {list(busy)} over {self.name} ({progress}); "
-            "they are stuck, stopped or in a different call (raise timeout_s if they are only slow)",
+            f"{self._where(exchange)}: waited {self.deadline_s:g} s for ranks {list(busy)} over {self.name} "
+            f"({progress}); they are stuck, stopped or in a different call (raise timeout_s if they are only slow)",
             waiting_rank=self.rank,
             ranks=tuple(busy),
             phase=phase,
@@ -242,213 +376,20 @@ class SharedMemoryTransport:
         if self._unusable is not None:
             raise RuntimeError(f"{phase}: the transport cannot be used any more: {self._unusable}")
 
-    # ---- meeting ------------------------------------------------------------------------------------------------
 
-    def _meet(self, store: Any, window: int) -> None:
-        """A socket to every other rank, and a mapping of its window; higher ranks call lower ones."""
-        until = time.monotonic() + self.deadline_s
-        window_bytes = os.fstat(window).st_size
-        mine = mmap.mmap(window, window_bytes)
-        missing = set(range(self.size)) - {self.rank}
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-            name = f"moe-runtime-{secrets.token_hex(16)}"
-            listener.bind(f"\0{name}")
-            listener.listen(self.size)
-            try:
-                store.set(f"shm/{self.rank}", name)
-                for peer in range(self.rank):
-                    store.wait([f"shm/{peer}"], timedelta(seconds=max(until - time.monotonic(), 0.001)))
-                    self._add_lane(_call(store.get(f"shm/{peer}"), peer, until), window, mine, until)
-                    missing.discard(peer)
-                while missing:
-                    _set_timeout(listener, until)
-                    connection, _ = listener.accept()
-                    missing.discard(self._add_lane(connection, window, mine, until))
-            except (TimeoutError, dist.DistStoreError) as error:
-                raise PeerTimeout(
-                    f"rank {self.rank}, phase rendezvous: ranks {sorted(missing)} did not come within "
-                    f"{self.deadline_s:g} s over {self.name} ({error})",
-                    waiting_rank=self.rank,
-                    ranks=tuple(sorted(missing)),
-                    phase="rendezvous",
-                ) from error
-            except ConnectionError as error:
-                raise PeerLost(
-                    f"rank {self.rank}, phase rendezvous: one of ranks {sorted(missing)} left while meeting ({error})",
-                    rank=None,
-                    phase="rendezvous",
-                ) from error
-
-    def _add_lane(self, connection: socket.socket, window: int, mine: mmap.mmap, until: float) -> int | None:
-        """Swap ranks and windows over a fresh connection. Returns the rank, or None for a stranger's connection."""
-        pid, uid, _ = _CREDENTIALS.unpack(
-            connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        )
-        if uid != os.geteuid():
-            connection.close()
-            return None
-        _set_timeout(connection, until)
-        socket.send_fds(connection, [_HELLO.pack(self.rank, len(mine))], [window])
-        hello, descriptors, _, _ = socket.recv_fds(connection, _HELLO.size, 1)
-        if len(hello) != _HELLO.size or len(descriptors) != 1:
-            raise ConnectionError("it sent no window")
-        peer, window_bytes = _HELLO.unpack(hello)
-        try:
-            if window_bytes != len(mine):
-                raise ConfigError(f"rank {peer} has windows of {window_bytes} bytes, rank {self.rank} of {len(mine)}")
-            theirs = mmap.mmap(descriptors[0], window_bytes)
-        finally:
-            os.close(descriptors[0])
-        connection.setblocking(False)
-        self._lanes[peer] = _Lane(
-            connection, pid, _mailbox(theirs, self.rank, self.size), _mailbox(mine, peer, self.size)
-        )
-        return peer
-
-
-@dataclass
+@dataclass(slots=True)
 class _Exchange:
     """Messages that were started together.
 
     busy: the lanes, by rank, on which something is left to do. waited_s: seconds until each rank's message was there.
     """
 
-    busy: dict[int, _Lane]
+    busy: dict[int, Lane]
     phase: str
-    where: str
-    waited_s: dict[int, float] = field(default_factory=dict)
+    detail: Callable[[], str]
+    waited_s: dict[int, float]
 
 
-class _Lane:
-    """What joins two ranks: a socket, a mailbox to write, a mailbox to read, and one message each way under way."""
-
-    def __init__(self, connection: socket.socket, pid: int, outbox: np.ndarray, inbox: np.ndarray) -> None:
-        self.socket, self.pid = connection, pid
-        self._outbox, self._inbox = outbox, inbox  # [chunks, bytes per chunk]
-        self._free, self._next_out, self._next_in = _CHUNKS, 0, 0
-        self._arrived: deque[tuple[int, int]] = deque()  # (bytes in chunk, bytes of message), not yet copied out
-        self._unread = b""
-        self._ended: str | None = None  # how the other rank left
-        self._blame = ""  # and because of whom
-        self._out: np.ndarray | None = None
-        self._in: np.ndarray | None = None
-        self._sent = self._received = 0
-
-    def begin(self, outgoing: np.ndarray | None, incoming: np.ndarray | None) -> None:
-        self._out, self._in, self._sent, self._received = outgoing, incoming, 0, 0
-
-    @property
-    def received(self) -> bool:
-        return self._in is None
-
-    @property
-    def idle(self) -> bool:
-        return self._out is None and self._in is None
-
-    def work(self) -> None:
-        """Everything that can be done now without waiting. Raises _Lost where nothing more can ever be done."""
-        self._read_frames()
-        while self._out is not None and self._free:
-            chunk = self._out[self._sent : self._sent + self._outbox.shape[1]]
-            self._outbox[self._next_out, : len(chunk)] = chunk
-            self._say(_DATA, len(chunk), len(self._out))
-            self._next_out, self._free = (self._next_out + 1) % _CHUNKS, self._free - 1
-            self._sent += len(chunk)
-            if self._sent == len(self._out):
-                self._out = None
-        while self._in is not None and self._arrived:
-            length, total = self._arrived.popleft()
-            if total != len(self._in):
-                raise _Mismatch(f"sent {total} bytes where this rank expects {len(self._in)}")
-            self._in[self._received : self._received + length] = self._inbox[self._next_in, :length]
-            self._say(_FREE, 0, 0)
-            self._next_in = (self._next_in + 1) % _CHUNKS
-            self._received += length
-            if self._received == total:
-                self._in = None
-        if self._ended and not self.idle:
-            raise _Lost(self._ended + self._blame)
-
-    def _read_frames(self) -> None:
-        while self._ended is None:
-            try:
-                data = self.socket.recv(64 * _FRAME.size)
-            except BlockingIOError:
-                break
-            except ConnectionError as error:
-                self._ended = f"is gone ({error.strerror})"
-                break
-            if not data:
-                self._ended = "ended or closed its transport"
-            self._unread += data
-        whole = len(self._unread) // _FRAME.size * _FRAME.size
-        for kind, length, total in _FRAME.iter_unpack(self._unread[:whole]):
-            if kind == _DATA:
-                self._arrived.append((length, total))
-            elif kind == _FREE:
-                self._free += 1
-            else:
-                self._blame = f", after an error with rank {length}"
-        self._unread = self._unread[whole:]
-
-    def _say(self, kind: int, length: int, total: int) -> None:
-        # At most 2 * _CHUNKS frames each way are ever unread, so a frame always fits the socket's buffer whole.
-        try:
-            self.socket.send(_FRAME.pack(kind, length, total))
-        except ConnectionError as error:
-            # A rank that has left needs no free mailbox, and what it sent before it left still counts.
-            if kind == _DATA:
-                raise _Lost(f"is gone ({error.strerror}){self._blame}") from None
-
-    def progress(self) -> str:
-        out = "all sent" if self._out is None else f"{self._sent} of {len(self._out)} bytes sent"
-        return f"{out}, " + ("all received" if self._in is None else f"{self._received} of {len(self._in)} received")
-
-    def close(self, blamed: int | None) -> None:
-        if blamed is not None:  # so that, in a row of ranks that fall, each tells where it began
-            with suppress(OSError):
-                self.socket.send(_FRAME.pack(_BLAME, blamed, 0))
-        self.socket.close()
-        self._outbox = self._inbox = _EMPTY  # the memory goes with the last view of it
-
-
-class _Lost(Exception):
-    pass
-
-
-class _Mismatch(Exception):
-    pass
-
-
-def _create_window(size: int, window_bytes: int) -> int:
-    """A descriptor of anonymous memory whose length nobody can change any more (a shorter one would be a SIGBUS)."""
-    chunk = window_bytes // (size * _CHUNKS) // _PAGE * _PAGE
-    if chunk < _PAGE:
-        raise ConfigError(f"a window of {window_bytes} bytes is too small for {size} ranks: {_PAGE} bytes a chunk")
-    window = os.memfd_create("moe-runtime", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(window, chunk * size * _CHUNKS)
-    fcntl.fcntl(window, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-    return window
-
-
-def _mailbox(window: mmap.mmap, source: int, size: int) -> np.ndarray:
-    """[chunks, bytes per chunk]: where rank `source` writes in this window."""
-    return np.frombuffer(window, dtype=np.uint8).reshape(size, _CHUNKS, -1)[source]
-
-
-def _call(name: bytes | str, peer: int, until: float) -> socket.socket:
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    _set_timeout(connection, until)
-    try:
-        connection.connect(f"\0{name.decode() if isinstance(name, bytes) else name}")
-    except ConnectionRefusedError as error:
-        connection.close()
-        raise ConfigError(
-            f"rank {peer} cannot be reached through this host: shared memory joins ranks of one host and one network "
-            "namespace only; use another transport between hosts"
-        ) from error
-    return connection
-
-
-def _set_timeout(connection: socket.socket, until: float) -> None:
-    connection.settimeout(max(until - time.monotonic(), 0.001))
+def _bytes_of(tensor: torch.Tensor) -> bytes:
+    """A copy; by a short way for counts."""
+    return tensor.detach().numpy().tobytes() if tensor.dtype is torch.int64 else byte_view(tensor).tobytes()

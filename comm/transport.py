@@ -78,6 +78,8 @@ class Transport(Protocol):
         """
         ...
 
+    # A transport that shares memory has one more, start_rows (comm/shm.py): senders write rows where they are read.
+
     def all_reduce(self, tensor: torch.Tensor, phase: str, op: str = "sum") -> None:
         """In place; op is "sum", "max" or "min"."""
         ...

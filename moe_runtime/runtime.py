@@ -23,6 +23,7 @@ from .comm.islands import CompositeTransport, Place
 from .comm.nodes import NodeDispatcher
 from .comm.place import find_place
 from .comm.rendezvous import connect
+from .comm.shm import SharedMemoryTransport
 from .comm.wire import all_gather_message
 from .core import environment, native
 from .core.cluster import Cluster, load_cluster
@@ -313,7 +314,7 @@ class Runtime:
                 f"view {self.view.number}: slots per rank {counts} for {self.view.placement.num_experts} experts"
             )
         lines.append(f"place: {self.place.kind}, device {self.device}")
-        if isinstance(self.transport, CompositeTransport):
+        if isinstance(self.transport, (CompositeTransport, SharedMemoryTransport)):
             lines += self.transport.describe()
         if self.device.type != "cpu":
             lines.append(staging.describe(self.device))

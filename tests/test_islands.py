@@ -7,6 +7,8 @@ vendor's documented limits. Rows are device tensors all the way.
 from __future__ import annotations
 
 import os
+import sys
+import types
 
 import pytest
 import torch
@@ -19,7 +21,10 @@ from test_families import SPLITS, check_rank, write_oracle
 from test_transports import mpirun
 
 import moe_runtime
+from moe_runtime.comm.emulation.collectives import EmulatedGroup
+from moe_runtime.comm.emulation.device import emulate
 from moe_runtime.comm.islands import form_islands
+from moe_runtime.comm.vendors import VENDORS
 from moe_runtime.errors import ConfigError, VendorUnavailable
 
 # Two ascend ranks that are not neighbours, one biren, one cpu; speeds give 16 experts as 5, 3, 3, 5.
@@ -167,6 +172,37 @@ def test_the_composite_over_mpi_passes_the_bridges_exchanges(cluster):
     assert code == 0
     for rank, inside in enumerate(INSIDE):
         assert said[rank]["name"].startswith(f"islands ({inside}, bridge:mpi:"), said
+
+
+# Two islands of one emulated vendor, so that an emulated library can stand in FlagCX's place and join them.
+APART = "".join(f'[[node]]\nname = "{name}"\nemulate = "ascend"\nisland = "{name}"\ndevices = 2\n' for name in "xy")
+
+
+def over_flagcx(cluster: str, installed: bool) -> tuple[str, dict]:
+    settings = {"cluster": cluster, "timeout_s": 30, "bridge": "flagcx"}
+    if not installed:
+        with pytest.raises(VendorUnavailable, match="FlagCX's torch plug-in is not here"):
+            moe_runtime.init(settings)
+        return "", {}
+    emulate("ascend")
+    groups = []
+
+    def create(store, rank, size, timeout):
+        groups.append(EmulatedGroup(VENDORS["ascend"], "npu", store, rank, size, timeout))
+        return groups[-1]
+
+    dist.Backend.register_backend("flagcx", create, devices=["npu"])
+    sys.modules["flagcx"] = types.ModuleType("flagcx")
+    return check_exchanges(settings), dict(groups[0].calls)
+
+
+def test_flagcx_joins_islands_where_it_is_installed(tmp_path):
+    (tmp_path / "cluster.toml").write_text(APART)
+    for name, calls in run_ranks(over_flagcx, 4, str(tmp_path / "cluster.toml"), True):
+        assert name == "islands (torch.distributed:hccl (HCCL emulated) inside, "  \
+            "bridge:torch.distributed:flagcx (FlagCX) between)"  # fmt: skip
+        assert calls == {"all_to_all_single": 1}, "rows of devices, and nothing else"
+    run_ranks(over_flagcx, 4, str(tmp_path / "cluster.toml"), False)
 
 
 def ranks_of_two_clusters(first: str, second: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from .errors import ConfigError
 
 KERNELS = ("auto", "grouped", "transformers")
-BRIDGES = ("zeromq", "gloo", "mpi")
+BRIDGES = ("zeromq", "gloo", "mpi", "flagcx")
 TRANSPORTS = ("auto", "gloo", "shm", "mpi", "zeromq", "islands")
 
 
@@ -25,7 +25,8 @@ class RuntimeConfig:
         mpirun), "zeromq" (no torch.distributed: for nodes whose torch differs), "islands" (a group inside each vendor's
         island, ZeroMQ between them), or "auto": islands where the cluster file names more than one vendor, else one
         group over the vendor's own library (gloo on CPUs).
-    bridge: what joins islands: "zeromq", or "gloo" or "mpi" where all nodes have the same one.
+    bridge: what joins islands: "zeromq", or "gloo" or "mpi" where all nodes have the same one, or "flagcx" where its
+        torch plug-in is installed and every rank has a device.
     wire_format: what rows travel as on their way to experts, in order of preference, separated by commas: "exact" (the
         model's own dtype), "fp8", "int8", or a dtype such as "bfloat16". Each pair of ranks takes the first that both
         can; "fp8,int8,exact" is a good choice where bandwidth is short. Results go home exact.
