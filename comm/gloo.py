@@ -1,6 +1,6 @@
 """Ranks over torch.distributed's gloo, host tensors: pairs of sends and receives, so that an error names its rank.
 
-gloo's own all-to-all is made of the same messages and takes the same time (docs/transports.md), but reports the
+gloo's own all-to-all is made of the same messages and is faster for tiny ones (docs/transports.md), but reports the
 address of a lost peer and not its rank.
 """
 
