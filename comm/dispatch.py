@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ WORKING, IDLE = 1, 0
 _HEADER = 3  # int64 words sent to each peer before rows: count, tag, state
 
 
-@dataclass
+@dataclass(frozen=True)
 class Route:
     """Where this rank's rows go and whence others come; the same for every dispatch of one routing.
 
@@ -38,7 +39,7 @@ class Route:
     tokens: torch.Tensor
     slots: torch.Tensor
 
-    @property
+    @cached_property
     def send_counts(self) -> list[int]:
         return self.plan.send_counts.tolist()
 
@@ -63,7 +64,6 @@ class DispatchHandle:
     order: ExpandPlan
     row_index: torch.Tensor
     choice_index: torch.Tensor
-    states: list[int]
     source_slots_TK: torch.Tensor
     source_weights_TK: torch.Tensor
     anchor: torch.Tensor = field(repr=False)
@@ -72,6 +72,10 @@ class DispatchHandle:
     @property
     def recv_counts(self) -> list[int]:
         return self.route.recv_counts
+
+    @property
+    def states(self) -> list[int]:
+        return (self.outer or self).route.states
 
     @property
     def rows_per_slot(self) -> np.ndarray:
@@ -119,6 +123,7 @@ class Dispatcher:
         )
         self.exact_layout = layout_of(hidden_size, top_k, dtype, own)
         self.layouts = [layout_of(hidden_size, top_k, dtype, wire) for wire in self.formats[transport.rank]]
+        self._uniform = all(layout == self.layouts[0] for layout in self.layouts)
 
     def no_rows(self) -> torch.Tensor:
         """[0, H] rows of this dispatcher: what a rank without tokens dispatches."""
@@ -186,7 +191,6 @@ class Dispatcher:
                 order=order,
                 row_index=torch.from_numpy(order.row_index).to(rows.device),
                 choice_index=torch.from_numpy(order.k_index).to(rows.device),
-                states=route.states,
                 source_slots_TK=slots_TK,
                 source_weights_TK=weights_TK,
                 anchor=anchor,
@@ -206,7 +210,7 @@ class Dispatcher:
 
     def start_combine(self, rows: torch.Tensor, handle: DispatchHandle) -> Callable[[], torch.Tensor]:
         """combine in two halves, as start_dispatch: the function that it returns waits and gives y_TH, once."""
-        self.check_results(rows, handle)
+        self._check_results(rows, handle)
         if handle.expand:
             return self._start_combine_expanded(rows, handle)
         # The anchor ties the result to dispatch on every rank: one whose slots got no row would otherwise have no
@@ -291,10 +295,6 @@ class Dispatcher:
         rows, weights, slots = (torch.cat(column) for column in zip(*parts, strict=True))
         return rows, weights, slots
 
-    @property
-    def _uniform(self) -> bool:
-        return all(layout == self.layouts[0] for layout in self.layouts)
-
     def _exchange_counts(self, plan: DispatchPlan, tag: int, state: int) -> tuple[list[int], list[int]]:
         header = torch.empty(self.transport.size, _HEADER, dtype=torch.int64)
         header[:, 0] = torch.from_numpy(plan.send_counts)
@@ -311,7 +311,7 @@ class Dispatcher:
                 )
         return counts, states
 
-    def check_results(self, rows: torch.Tensor, handle: DispatchHandle) -> None:
+    def _check_results(self, rows: torch.Tensor, handle: DispatchHandle) -> None:
         """Raise ConfigError for rows that combine cannot take."""
         expected = int(handle.rows_per_slot.sum()) if handle.expand else sum(handle.recv_counts)
         if rows.shape != (expected, self.hidden_size):

@@ -19,8 +19,10 @@ from .gloo import GlooTransport
 from .group import join_group, listen
 from .hostbridge import HostBridge
 from .native import NativeTransport
+from .place import Place, vendor_of
 from .quirks import as_bytes, can_reduce, dtype_name
 from .transport import (
+    InHalves,
     LocalTransport,
     Transport,
     Waits,
@@ -30,7 +32,6 @@ from .transport import (
     once,
     reduce_in_rank_order,
 )
-from .vendors import VENDORS, Vendor
 from .wire import all_gather_message
 
 
@@ -48,31 +49,6 @@ class Islands:
     def leaders(self) -> tuple[int, ...]:
         """The lowest rank of each island: it speaks for its island where one voice is enough."""
         return tuple(ranks[0] for ranks in self.ranks)
-
-
-EMULATED = " (emulated)"
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a rank computes. kind: what it shares with its island: vendor, whether emulated, where it reaches."""
-
-    kind: str
-    device: torch.device
-    vendor: Vendor
-    backend: str  # name for torch.distributed
-
-    @property
-    def emulated(self) -> bool:
-        return EMULATED in self.kind
-
-
-ON_CPU = Place("cpu", torch.device("cpu"), VENDORS["cpu"], "gloo")
-
-
-def vendor_of(kind: str) -> Vendor:
-    """The vendor whose library the ranks of an island speak, or emulate. Kinds begin with it."""
-    return VENDORS[kind.split()[0]]
 
 
 def form_islands(kinds: Sequence[str]) -> Islands:
@@ -118,7 +94,7 @@ def over_group(place: Place, deadline_s: float, group: Any = None, ranks: Sequen
     return NativeTransport(device_group, host, place.vendor, place.emulated)
 
 
-class CompositeTransport:
+class CompositeTransport(InHalves):
     """A Transport over an island's own and the bridge. `native` numbers its ranks within the island."""
 
     def __init__(self, bridge: BridgeTransport | HostBridge, native: Transport, islands: Islands) -> None:
@@ -148,11 +124,6 @@ class CompositeTransport:
             return "self"
         island = self.islands.of(source)
         return self.islands.kinds[island] if to in self.islands.ranks[island] else "bridge"
-
-    def all_to_all_v(
-        self, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str
-    ) -> torch.Tensor:
-        return self.start_all_to_all_v(send, send_counts, recv_counts, phase)()
 
     def start_all_to_all_v(
         self, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str

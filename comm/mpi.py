@@ -19,7 +19,7 @@ import torch
 
 from ..core.errors import ConfigError, MoeRuntimeError, PeerLost, PeerTimeout, VendorUnavailable
 from .group import listen
-from .transport import Waits, byte_view, check_counts, check_peer, describe_counts, once
+from .transport import InHalves, Waits, byte_view, check_counts, check_peer, describe_counts, once
 
 _ROWS, _MESSAGE = 1, 2  # tags: rows of collectives, send and recv
 _PIECE_BYTES = 1 << 30  # MPI before version 4 counts in int32, and Open MPI 5 still does
@@ -42,7 +42,7 @@ def connect(deadline_s: float) -> MpiTransport:
     return MpiTransport(_load_mpi().COMM_WORLD, deadline_s)
 
 
-class MpiTransport:
+class MpiTransport(InHalves):
     """Ranks of an MPI communicator, in its order; CPU tensors.
 
     Rows travel as one message per pair of ranks, not as Alltoallv: MPI libraries build Alltoallv from such messages
@@ -66,11 +66,6 @@ class MpiTransport:
         self._communicator, request = communicator.Idup()
         self._finish([_Pending(request, self._others())], "rendezvous")
         self._communicator.Set_errhandler(self._mpi.ERRORS_RETURN)
-
-    def all_to_all_v(
-        self, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str
-    ) -> torch.Tensor:
-        return self.start_all_to_all_v(send, send_counts, recv_counts, phase)()
 
     def start_all_to_all_v(
         self, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str

@@ -24,13 +24,13 @@ from .quirks import (
     take_message,
     whole_message,
 )
-from .transport import check_counts, check_peer, deadline, describe_counts, once
+from .transport import InHalves, check_counts, check_peer, deadline, describe_counts, once
 from .vendors import Vendor
 
 _REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN, "avg": dist.ReduceOp.AVG}
 
 
-class NativeTransport:
+class NativeTransport(InHalves):
     """A Transport over a device group, and over gloo (`host`) for CPU tensors. Closing ends both.
 
     library: what the group speaks, where it is not the vendor's own.
@@ -46,11 +46,6 @@ class NativeTransport:
         self.rank, self.size, self.deadline_s, self.waits = host.rank, host.size, host.deadline_s, host.waits
         told = f" ({vendor.collective_library.value} emulated)" if emulated else f" ({library})" if library else ""
         self.name = f"torch.distributed:{dist.get_backend(group)}{told}"
-
-    def all_to_all_v(
-        self, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str
-    ) -> torch.Tensor:
-        return self.start_all_to_all_v(send, send_counts, recv_counts, phase)()
 
     def start_all_to_all_v(
         self, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str

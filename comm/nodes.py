@@ -79,7 +79,7 @@ class NodeDispatcher:
             rows, inner = self._inner.dispatch(
                 rows, slots, outer.topk_weights, expand=expand, tag=2 * tag + 1, state=state, handle=known[1]
             )
-            inner.outer, inner.states = outer, outer.states
+            inner.outer = outer
             return rows, inner
 
         return once(wait, "dispatch")

@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from .transport import Waits, check_counts, describe_counts, once, reduce_in_rank_order
+from .transport import InHalves, Waits, check_counts, describe_counts, once, reduce_in_rank_order
 
 _SMALL_BYTES = 1 << 14  # up to here a reduction is one exchange of everything; beyond, two of a part each
 
 
-class PairwiseTransport:
+class PairwiseTransport(InHalves):
     """A Transport whose subclass moves messages: `start`, `send` and `recv`."""
 
     name: str
@@ -38,11 +38,6 @@ class PairwiseTransport:
         until all has come and all that was sent may be written to again; it adds to `waits` where given.
         """
         raise NotImplementedError
-
-    def all_to_all_v(
-        self, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str
-    ) -> torch.Tensor:
-        return self.start_all_to_all_v(send, send_counts, recv_counts, phase)()
 
     def start_all_to_all_v(
         self, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str

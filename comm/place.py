@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 
 from ..core.errors import VendorUnavailable
 from .detect import Detection, detect
-from .islands import EMULATED, ON_CPU, Place
-from .vendors import VENDORS
+from .vendors import VENDORS, Vendor
+
+EMULATED = " (emulated)"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank computes. kind: what it shares with its island: vendor, whether emulated, where it reaches."""
+
+    kind: str
+    device: torch.device
+    vendor: Vendor
+    backend: str  # name for torch.distributed
+
+    @property
+    def emulated(self) -> bool:
+        return EMULATED in self.kind
+
+
+ON_CPU = Place("cpu", torch.device("cpu"), VENDORS["cpu"], "gloo")
+
+
+def vendor_of(kind: str) -> Vendor:
+    """The vendor whose library the ranks of an island speak, or emulate. Kinds begin with it."""
+    return VENDORS[kind.split()[0]]
 
 
 def find_place(
@@ -39,7 +64,7 @@ def find_place(
             "under the documented limits"
         ]
     if "cpu" in (device, vendor) or emulate == "cpu":
-        return Place(f"cpu{within}", *_CPU), []
+        return replace(ON_CPU, kind=f"cpu{within}"), []
     found = detect(vendor)
     notes = list(found.notes)
     if device not in ("auto", found.device_type):
@@ -52,13 +77,10 @@ def find_place(
             notes.append(
                 f"{found.vendor} was found but cannot be used ({found.evidence}): this rank computes on its CPU"
             )
-        return Place(f"cpu{within}", *_CPU), notes
+        return replace(ON_CPU, kind=f"cpu{within}"), notes
     if found.vendor != "nvidia":
         notes.append(f"nobody has run moe-runtime on a real chip of {found.vendor} yet; `moe-launch check` tells more")
     return Place(found.vendor + within, _use_device(found, index), VENDORS[found.vendor], _backend(found)), notes
-
-
-_CPU = (ON_CPU.device, ON_CPU.vendor, ON_CPU.backend)
 
 
 def _use_device(found: Detection, index: int) -> torch.device:

@@ -217,7 +217,7 @@ def check_presized(quirks: frozenset[Quirk], total_bytes: int, limit_bytes: int 
 
 _FP8 = frozenset({"float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"})
 
-_NOT_REDUCED: dict[Quirk, frozenset[str]] = {
+NOT_REDUCED: dict[Quirk, frozenset[str]] = {
     Quirk.NO_FP8_REDUCE: _FP8,
     Quirk.NO_UINT8_REDUCE: frozenset({"uint8", "bool"}),
     Quirk.SIGN_NOT_KEPT: frozenset({"int8", "uint32", "uint64"}),
@@ -292,7 +292,7 @@ def reduce_in_place(
 
 def can_reduce(vendor: Vendor, name: str) -> bool:
     """Whether the vendor's library reduces the dtype called `name`, on every chip and version that is documented."""
-    if any(name in names for quirk, names in _NOT_REDUCED.items() if quirk in vendor.quirks):
+    if any(name in names for quirk, names in NOT_REDUCED.items() if quirk in vendor.quirks):
         return False
     stated = vendor.reduce_dtypes if vendor.reduce_dtypes.is_known else vendor.collective_dtypes
     if stated.is_known:
@@ -302,7 +302,7 @@ def can_reduce(vendor: Vendor, name: str) -> bool:
 
 
 def _refusal(vendor: Vendor, name: str) -> str:
-    quirks = [quirk for quirk, names in _NOT_REDUCED.items() if quirk in vendor.quirks and name in names]
+    quirks = [quirk for quirk, names in NOT_REDUCED.items() if quirk in vendor.quirks and name in names]
     why = f"{quirks[0].what} ({quirks[0].sources[vendor.name]})" if quirks else "not among the types documented"
     accepted = [other for other in ("float32", "bfloat16", "float16", "int32", "int64") if can_reduce(vendor, other)]
     return (

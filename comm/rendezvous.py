@@ -1,7 +1,7 @@
 """How ranks meet: from what the launcher said to a transport that reaches every rank.
 
-One machine so far, or several that share one torch: the world is one torch.distributed group over gloo. The store
-listens on the address the launcher named and on nothing else.
+Ranks that share one vendor's library and one torch meet in one torch.distributed group; all others meet on the bridge
+first and form their islands there. Stores listen on the address the launcher named and on nothing else.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from . import bridge, mpi
 from .bridge import disagreement
 from .group import join_group, listen, open_store
 from .hostbridge import HostBridge
-from .islands import ON_CPU, Place, join_islands, over_group
+from .islands import join_islands, over_group
 from .native import NativeTransport
+from .place import ON_CPU, Place
 from .shm import SharedMemoryTransport
 from .staging import StagedTransport
 from .transport import LocalTransport, Transport, deadline

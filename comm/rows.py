@@ -12,6 +12,7 @@ every part starts at a multiple of 16 bytes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from ..core import native
 from ..core.errors import ConfigError
+from ..core.tensors import aligned, byte_rows, takes_c
 from . import cuda
 from .formats import FORMATS, WireFormat, decode, encode_into, num_scales, payload_bytes
 from .quirks import dtype_name
@@ -37,19 +39,19 @@ class RowLayout:
     wire: WireFormat
     weight_dtype: torch.dtype
 
-    @property
+    @cached_property
     def scales_at(self) -> int:
         return round_up(payload_bytes(self.wire, self.hidden_size))
 
-    @property
+    @cached_property
     def weights_at(self) -> int:
         return round_up(self.scales_at + 4 * num_scales(self.wire, self.hidden_size))
 
-    @property
+    @cached_property
     def slots_at(self) -> int:
         return round_up(self.weights_at + self.top_k * self.weight_dtype.itemsize)
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         return round_up(self.slots_at + self.top_k * 4)
 
@@ -86,11 +88,11 @@ def pack(
     packed = _packed_like(x_TH, len(tokens_N), layout, out)
     if not len(tokens_N):
         return packed
-    if x_TH.dtype not in _ROW_DTYPES or not _takes_c(x_TH, tokens_N, slots_NK):
+    if x_TH.dtype not in _ROW_DTYPES or not takes_c(x_TH, tokens_N, slots_NK):
         return _pack_torch(x_TH, weights_TK, tokens_N, slots_NK, layout, packed)
     _in_c(
         "pack_rows",
-        _byte_rows(x_TH),
+        byte_rows(x_TH),
         dtype_name(x_TH.dtype),
         _array(weights_TK, layout.weight_dtype),
         _array(tokens_N, torch.int64),
@@ -144,7 +146,7 @@ def unpack(
     """
     if cuda.takes("unpack", packed, layout):
         return cuda.unpack(packed, layout)
-    if not _takes_c(packed):
+    if not takes_c(packed):
         return unpack_torch(packed, layout, copy=copy)
     count, as_they_are = len(packed), layout.wire.dtype == layout.dtype and not copy
     hidden = None if as_they_are else torch.empty(count, layout.hidden_size, dtype=layout.dtype)
@@ -152,9 +154,9 @@ def unpack(
     slots = torch.empty(count, layout.top_k, dtype=torch.int32)
     _in_c(
         "unpack_rows",
-        _byte_rows(packed),
+        byte_rows(packed),
         layout.wire.name,
-        None if hidden is None else _byte_rows(hidden),
+        None if hidden is None else byte_rows(hidden),
         dtype_name(layout.dtype),
         weights.numpy(),
         slots.numpy(),
@@ -274,7 +276,7 @@ class _CombineRows(torch.autograd.Function):
     def forward(ctx, rows_NH, weights_N, tokens_N, choices_N, num_tokens):
         ctx.save_for_backward(tokens_N, weights_N, rows_NH if ctx.needs_input_grad[1] else None)
         ctx.row_dtype = rows_NH.dtype
-        if rows_NH.dtype in _ROW_DTYPES and _takes_c(rows_NH, tokens_N):
+        if rows_NH.dtype in _ROW_DTYPES and takes_c(rows_NH, tokens_N):
             return _combine_in_c(rows_NH, tokens_N, num_tokens, weights_N, choices_N)
         if cuda.takes("sum", rows_NH):
             order, starts = cuda.order_of_rows(tokens_N, choices_N, num_tokens)
@@ -306,21 +308,17 @@ def _combine_in_c(
     sums = torch.empty(num_tokens, rows_NH.shape[1], dtype=rows_NH.dtype)
     _in_c(
         "sum_rows",
-        _byte_rows(rows_NH),
+        byte_rows(rows_NH),
         dtype_name(rows_NH.dtype),
         _array(tokens_N, torch.int64),
         None if weights_N is None else _array(weights_N, cuda.sum_dtype(rows_NH.dtype)),
         None if choices_N is None else _array(choices_N.argsort(stable=True), torch.int64),
-        _byte_rows(sums),
+        byte_rows(sums),
     )
     return sums
 
 
 # ---------------------------------------------------------------- tensors for C
-
-
-def _takes_c(*tensors: torch.Tensor) -> bool:
-    return native.extension is not None and all(tensor.device.type == "cpu" for tensor in tensors)
 
 
 def _in_c(function: str, *arguments: object) -> None:
@@ -330,22 +328,8 @@ def _in_c(function: str, *arguments: object) -> None:
         raise ConfigError(str(error)) from None
 
 
-def _byte_rows(rows: torch.Tensor) -> np.ndarray:
-    """Rows [N, H] as uint8 [N, H * itemsize]: the same memory, unless C could not read it as it lies."""
-    rows = _aligned(rows.detach())
-    if rows.stride(1) != 1 or rows.shape[1] == 1:  # the stride of a single value may be anything
-        rows = rows.contiguous().as_strided(rows.shape, (rows.shape[1], 1))
-    return rows.view(torch.uint8).numpy()
-
-
 def _array(values: torch.Tensor, dtype: torch.dtype) -> np.ndarray:
-    return _aligned(values.detach().to("cpu", dtype).contiguous()).numpy()
-
-
-def _aligned(values: torch.Tensor) -> torch.Tensor:
-    """What came out of a received frame may begin anywhere; 8 bytes is what the widest item of a packed row needs."""
-    needed = 8 if values.dtype == torch.uint8 else values.dtype.itemsize
-    return values.clone() if values.data_ptr() % needed else values
+    return aligned(values.detach().to("cpu", dtype).contiguous()).numpy()
 
 
 def _new(part: torch.Tensor) -> torch.Tensor:

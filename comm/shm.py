@@ -26,7 +26,7 @@ from ..core.errors import ConfigError, MoeRuntimeError, PeerLost, PeerTimeout
 from .frames import Bell, Broken, Poll, Ring, Waiter, Wire, extension
 from .lane import EAGER_BYTES, ELSEWHERE, SMALL_BYTES, Lane, Lost, Mismatch, Source, Target, bytes_source, rows_source
 from .meeting import meet
-from .transport import Waits, byte_view, check_counts, check_peer, describe_counts, once, reduce_in_rank_order
+from .transport import InHalves, Waits, byte_view, check_counts, check_peer, describe_counts, once, reduce_in_rank_order
 from .window import Arena, create, layout_of
 
 _WINDOW_BYTES = 256 << 20
@@ -36,7 +36,7 @@ _NOTHING = np.empty(0, dtype=np.uint8)
 _Messages = dict[int, tuple[Source | None, Target | None]]  # by rank, what goes there and what comes
 
 
-class SharedMemoryTransport:
+class SharedMemoryTransport(InHalves):
     """Ranks 0..size-1 on one Linux host; CPU tensors.
 
     store: where ranks leave the names of their sockets: anything with torch's Store's `set`, `get` and `wait`; used
@@ -95,11 +95,6 @@ class SharedMemoryTransport:
             f"shm: {self._plain or 'frames in shared memory (C)'}; rows up to {window} per rank are written once, "
             f"in place: {touched} touched so far, {lent} held by results now"
         ]
-
-    def all_to_all_v(
-        self, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str
-    ) -> torch.Tensor:
-        return self.start_all_to_all_v(send, send_counts, recv_counts, phase)()
 
     def start_all_to_all_v(
         self, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .transport import Waits
+from .transport import InHalves, Waits
 
 
 @functools.cache
@@ -72,7 +72,7 @@ def copy_in(chunk: torch.Tensor, place: torch.Tensor) -> None:
         place.copy_(chunk)
 
 
-class StagedTransport:
+class StagedTransport(InHalves):
     """A host transport (gloo, shm, MPI) for device tensors: whole copies to host memory and back around each call."""
 
     def __init__(self, host: Any) -> None:
@@ -83,11 +83,6 @@ class StagedTransport:
     @property
     def waits(self) -> Waits:
         return self._host.waits
-
-    def all_to_all_v(
-        self, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str
-    ) -> torch.Tensor:
-        return self._host.all_to_all_v(send.cpu(), send_counts, recv_counts, phase).to(send.device)
 
     def start_all_to_all_v(
         self, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str
@@ -118,6 +113,9 @@ class StagedTransport:
 
     def close(self) -> None:
         self._host.close()
+
+    def describe(self) -> list[str]:
+        return self._host.describe()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..core.errors import ConfigError, MoeRuntimeError, PeerLost, PeerTimeout
-from .transport import Waits, check_counts, check_peer, describe_counts, once, reduce_in_rank_order
+from .transport import InHalves, Waits, check_counts, check_peer, describe_counts, once, reduce_in_rank_order
 
 
 class ThreadWorld:
@@ -80,7 +80,7 @@ class _Posted(NamedTuple):
     at_s: float
 
 
-class ThreadTransport:
+class ThreadTransport(InHalves):
     """One rank of a ThreadWorld. Results do not share memory with what other ranks hold."""
 
     name = "threads"
@@ -93,11 +93,6 @@ class ThreadTransport:
         self._started: deque[Callable[[], None]] = deque()  # exchanges not yet done, in the order of their start
         self._meeting = 0
         self._closed = False
-
-    def all_to_all_v(
-        self, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str
-    ) -> torch.Tensor:
-        return self.start_all_to_all_v(send, send_counts, recv_counts, phase)()
 
     def start_all_to_all_v(
         self, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str

@@ -100,8 +100,27 @@ class Transport(Protocol):
 
     def close(self) -> None: ...
 
+    def describe(self) -> list[str]:
+        """Lines for people, beside the name."""
+        ...
 
-class LocalTransport:
+
+class InHalves:
+    """What transports have in common: a whole exchange is its two halves, and most have nothing to describe."""
+
+    start_all_to_all_v: Callable[..., Callable[[], torch.Tensor]]
+
+    def all_to_all_v(
+        self, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str
+    ) -> torch.Tensor:
+        return self.start_all_to_all_v(send, send_counts, recv_counts, phase)()
+
+    def describe(self) -> list[str]:
+        """Lines for people, beside the name: paths, memory held."""
+        return []
+
+
+class LocalTransport(InHalves):
     """A world of one: every exchange is the identity."""
 
     name = "local"
@@ -111,11 +130,6 @@ class LocalTransport:
     def __init__(self, deadline_s: float = 300.0) -> None:
         self.deadline_s = deadline_s
         self.waits = Waits(1)
-
-    def all_to_all_v(
-        self, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str
-    ) -> torch.Tensor:
-        return send
 
     def start_all_to_all_v(
         self, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str

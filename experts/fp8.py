@@ -9,10 +9,10 @@ weight; the torch twins (`*_torch`) give the same bits, where a nan equals every
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from ..core import native
+from ..core.tensors import byte_rows, takes_c
 
 BLOCK = 128
 _NAMES = {
@@ -35,7 +35,7 @@ def dequantize_blocks(
     values = torch.empty(weight.shape, dtype=dtype)
     scales = scale_inv.detach().float().contiguous().numpy()
     native.extension.dequantize_rows(
-        _byte_rows(weight), _NAMES[weight.dtype], scales, *block, _byte_rows(values), _NAMES[dtype], ""
+        byte_rows(weight), _NAMES[weight.dtype], scales, *block, byte_rows(values), _NAMES[dtype], ""
     )
     return values
 
@@ -65,8 +65,8 @@ def quantize_blocks(weight: torch.Tensor, block: int = BLOCK) -> tuple[torch.Ten
     quantised = torch.empty(rows, cols, dtype=torch.float8_e4m3fn)
     scale = torch.empty(-(-rows // block), -(-cols // block))
     native.extension.quantize_rows(
-        *(_byte_rows(weight), _NAMES[weight.dtype]),
-        *(_byte_rows(quantised), _NAMES[quantised.dtype], scale.numpy()),
+        *(byte_rows(weight), _NAMES[weight.dtype]),
+        *(byte_rows(quantised), _NAMES[quantised.dtype], scale.numpy()),
         *(block, block, "weight", ""),
     )
     return quantised, scale
@@ -95,15 +95,4 @@ def _check_scales(weight: torch.Tensor, scale_inv: torch.Tensor, block: tuple[in
 
 def _takes_c(dtype: torch.dtype, *tensors: torch.Tensor) -> bool:
     """Whether C runs: `dtype` is that of the values outside FP8."""
-    known = dtype in _NAMES and dtype != torch.float8_e4m3fn
-    return native.extension is not None and known and all(tensor.device.type == "cpu" for tensor in tensors)
-
-
-def _byte_rows(weight: torch.Tensor) -> np.ndarray:
-    """[rows, cols] as uint8 [rows, cols * itemsize]: the same memory, unless C could not read it as it lies."""
-    weight = weight.detach()
-    if weight.data_ptr() % weight.dtype.itemsize:  # a mapped file may begin anywhere
-        weight = weight.clone()
-    if weight.stride(1) != 1 or weight.shape[1] == 1:  # the stride of a single value may be anything
-        weight = weight.contiguous().as_strided(weight.shape, (weight.shape[1], 1))
-    return weight.view(torch.uint8).numpy()
+    return dtype in _NAMES and dtype != torch.float8_e4m3fn and takes_c(*tensors)

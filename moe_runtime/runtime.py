@@ -19,11 +19,9 @@ from . import gradients, loading, saving
 from .checkpoint import CheckpointReader
 from .comm import cuda, formats, staging
 from .comm.dispatch import IDLE, Dispatcher, DispatchHandle
-from .comm.islands import CompositeTransport, Place
 from .comm.nodes import NodeDispatcher
-from .comm.place import find_place
+from .comm.place import Place, find_place
 from .comm.rendezvous import connect
-from .comm.shm import SharedMemoryTransport
 from .comm.wire import all_gather_message
 from .core import environment, native
 from .core.cluster import Cluster, load_cluster
@@ -314,8 +312,7 @@ class Runtime:
                 f"view {self.view.number}: slots per rank {counts} for {self.view.placement.num_experts} experts"
             )
         lines.append(f"place: {self.place.kind}, device {self.device}")
-        if isinstance(self.transport, (CompositeTransport, SharedMemoryTransport)):
-            lines += self.transport.describe()
+        lines += self.transport.describe()
         if self.device.type != "cpu":
             lines.append(staging.describe(self.device))
         if self.device.type == "cuda":
@@ -408,7 +405,8 @@ def _find_place(
             config.device, node.vendor, node.emulate, cluster.index_in_node(world.rank), node.island, config.timeout_s
         )
     except (ConfigError, VendorUnavailable) as error:
-        advice = "" if node.emulate else f'; to have CPU ranks emulate one, set emulate = "{node.vendor}"'
+        named = not node.emulate and node.vendor != "auto"
+        advice = f'; to have CPU ranks emulate one, set emulate = "{node.vendor}"' if named else ""
         raise type(error)(f"node {node.name}: {error}{advice}") from error
 
 

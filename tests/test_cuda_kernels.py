@@ -306,9 +306,7 @@ def test_the_gradients_of_combine_rows():
     weights = torch.rand(7, generator=generator, dtype=torch.float64, requires_grad=True)
     tokens, choices = torch.tensor([0, 2, 2, 1, 0, 2, 0]), torch.tensor([1, 0, 2, 0, 0, 1, 2])
     assert torch.autograd.gradcheck(lambda v: rows.combine_rows(v, tokens, 4), (values,))
-    assert torch.autograd.gradcheck(
-        lambda v, w: rows.combine_rows(v, tokens, 4, w, choices), (values, weights)
-    )
+    assert torch.autograd.gradcheck(lambda v, w: rows.combine_rows(v, tokens, 4, w, choices), (values, weights))
     none = torch.empty(0, 3, requires_grad=True)  # a rank whose rows are all elsewhere stays part of the graph
     rows.combine_rows(none, tokens[:0], 4).sum().backward()
     assert none.grad.shape == (0, 3)

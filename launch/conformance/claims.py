@@ -6,10 +6,11 @@ claims at all means that the table has no such fact; a claim without results, th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from ...comm.formats import claimed as formats_claimed
+from ...comm.quirks import NOT_REDUCED
 from ...comm.vendors import UNKNOWN, Fact, Quirk, Vendor
 from .verdicts import HUNG, REFUSED, WORKS, WRONG, Claim
 
@@ -34,20 +35,10 @@ def moves(vendor: Vendor, dtype: str) -> Claims:
     return _listed(vendor.collective_dtypes, dtype) + _quirks(vendor, {Quirk.NO_FLOAT64: ("float64",)}, dtype)
 
 
-_NOT_REDUCED: dict[Quirk, Collection[str]] = {
-    Quirk.NO_FP8_REDUCE: ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"),
-    Quirk.NO_UINT8_REDUCE: ("uint8", "bool"),
-    Quirk.SIGN_NOT_KEPT: ("int8", "uint32", "uint64"),
-    Quirk.NO_FLOAT64: ("float64",),
-    Quirk.NO_INT64_REDUCE: ("int64",),
-    Quirk.NO_FLOAT16_REDUCE: ("float16",),
-}
-
-
 def reduces(vendor: Vendor, dtype: str) -> Claims:
     """Whether all-reduce takes this dtype; where nothing is stated apart, the types of the library are the claim."""
     stated = vendor.reduce_dtypes if vendor.reduce_dtypes.is_known else vendor.collective_dtypes
-    return _listed(stated, dtype) + _quirks(vendor, _NOT_REDUCED, dtype)
+    return _listed(stated, dtype) + _quirks(vendor, NOT_REDUCED, dtype)
 
 
 def uneven(vendor: Vendor, presized: bool) -> Claims:
@@ -139,7 +130,7 @@ def _claims(fact: Fact, accepts: Callable[[Any], Collection[str] | None], say: C
     return tuple(made)
 
 
-def _quirks(vendor: Vendor, quirks: dict[Quirk, Collection[str]], dtype: str) -> Claims:
+def _quirks(vendor: Vendor, quirks: Mapping[Quirk, Collection[str]], dtype: str) -> Claims:
     return tuple(
         claim
         for quirk, dtypes in quirks.items()

@@ -14,7 +14,8 @@ import moe_runtime
 
 from ...comm import formats
 from ...comm.bridge import meet
-from ...comm.islands import EMULATED, CompositeTransport
+from ...comm.islands import CompositeTransport
+from ...comm.place import EMULATED
 from ...comm.quirks import as_bytes, dtype_name
 from ...comm.transport import LocalTransport, Transport
 from ...comm.wire import all_gather_message

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ...comm.islands import EMULATED, CompositeTransport, vendor_of
+from ...comm.islands import CompositeTransport
+from ...comm.place import EMULATED, vendor_of
 from ...comm.quirks import dtype_name
 from ...core.errors import PeerLost, PeerTimeout
 from . import device
