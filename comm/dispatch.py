@@ -7,9 +7,11 @@ backward pass of dispatch is a combine and the other way round. Vocabulary and t
 from __future__ import annotations
 
 import zlib
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,18 @@ from torch.autograd.function import once_differentiable
 from ..core.errors import ConfigError, MoeRuntimeError
 from .plan import DispatchPlan, ExpandPlan, plan_dispatch, plan_expand
 from .quirks import dtype_name
-from .rows import ALIGN, combine_rows, layout_of, pack, pack_gradients, unpack, unpack_gradients
+from .rows import (
+    ALIGN,
+    combine_rows,
+    gather,
+    layout_of,
+    new_parts,
+    pack,
+    pack_gradients,
+    packer,
+    unpack,
+    unpack_gradients,
+)
 from .transport import Transport, once
 
 WORKING, IDLE = 1, 0
@@ -123,7 +136,9 @@ class Dispatcher:
         )
         self.exact_layout = layout_of(hidden_size, top_k, dtype, own)
         self.layouts = [layout_of(hidden_size, top_k, dtype, wire) for wire in self.formats[transport.rank]]
+        self._row_bytes = [layout.row_bytes for layout in self.layouts]
         self._uniform = all(layout == self.layouts[0] for layout in self.layouts)
+        self._kinds = 1 if self._uniform else len(self.layouts)
 
     def no_rows(self) -> torch.Tensor:
         """[0, H] rows of this dispatcher: what a rank without tokens dispatches."""
@@ -172,15 +187,15 @@ class Dispatcher:
         """
         self.check(x_TH, slots_TK, weights_TK)
         if handle is None:
-            route = self._plan(slots_TK, x_TH.device, 2 * tag + int(expand), state)
+            arrive = self._send_first(x_TH, weights_TK, slots_TK, 2 * tag + int(expand), state)
         elif torch.equal(slots_TK, handle.source_slots_TK):
-            route = handle.route
+            arrive = self._send(x_TH, weights_TK, handle.route)
         else:
             raise ConfigError("dispatch: the handle belongs to another routing; leave it out")
-        finish = self._send(x_TH, weights_TK, route)
 
         def wait() -> tuple[torch.Tensor, DispatchHandle]:
-            rows, topk_weights, topk_slots, anchor = _DispatchRows.apply(x_TH, weights_TK, self, route, finish)
+            received, route = arrive()
+            rows, topk_weights, topk_slots, anchor = _call(_DispatchRows, x_TH, weights_TK, self, route, received)
             order = plan_expand(topk_slots.cpu().numpy(), self.num_local_slots)
             made = DispatchHandle(
                 num_tokens=x_TH.shape[0],
@@ -195,7 +210,7 @@ class Dispatcher:
                 source_weights_TK=weights_TK,
                 anchor=anchor,
             )
-            return (rows.index_select(0, made.row_index) if expand else rows), made
+            return (gather(rows, made.row_index) if expand else rows), made
 
         return once(wait, "dispatch")
 
@@ -227,8 +242,7 @@ class Dispatcher:
         send_row, choice = np.nonzero(handle.route.plan.send_slots >= 0)
         pairs_to = _count_by_rank(order.row_index, handle.recv_counts)
         pairs_from = _count_by_rank(send_row, handle.route.send_counts)
-        row_major = rows.index_select(0, by_row)
-        bring_home = _start_exchange(row_major, handle.anchor, self.transport, pairs_to, pairs_from)
+        bring_home = _start_exchange(rows, handle.anchor, self.transport, pairs_to, pairs_from, by_row)
         tokens = torch.from_numpy(handle.route.plan.send_tokens[send_row]).to(device)
         choices = torch.from_numpy(choice).to(device)
 
@@ -239,24 +253,57 @@ class Dispatcher:
 
         return once(wait, "combine")
 
-    def _plan(self, slots_TK: torch.Tensor, device: torch.device, tag: int, state: int) -> Route:
+    def _send_first(
+        self, x_TH: torch.Tensor, weights_TK: torch.Tensor, slots_TK: torch.Tensor, tag: int, state: int
+    ) -> Callable[[], tuple[torch.Tensor, Route]]:
+        """Plan, and start the exchange of rows of whose number the other ranks do not know yet."""
         plan = plan_dispatch(slots_TK.detach().cpu().contiguous().numpy(), self.slot_rank, self.transport.size)
-        recv_counts, states = self._exchange_counts(plan, tag, state)
-        tokens, slots = (torch.from_numpy(array).to(device) for array in (plan.send_tokens, plan.send_slots))
-        return Route(plan, recv_counts, states, tokens, slots)
+        tokens, slots = (torch.from_numpy(array).to(x_TH.device) for array in (plan.send_tokens, plan.send_slots))
+        if not (self._in_place(x_TH) and self.transport.takes_counted_rows):
+            recv_counts, states = self._exchange_counts(plan, tag, state)
+            return self._send(x_TH, weights_TK, Route(plan, recv_counts, states, tokens, slots))
+        send_counts = plan.send_counts.tolist()
+        fill = self._fill(x_TH.detach(), weights_TK.detach(), tokens, slots, send_counts)
+        finish = self.transport.start_counted_rows(self._row_bytes, send_counts, (tag, state), fill, "dispatch")
 
-    def _send(self, x_TH: torch.Tensor, weights_TK: torch.Tensor, route: Route) -> Callable[[], torch.Tensor]:
+        def arrive() -> tuple[torch.Tensor, Route]:
+            recv_counts, notes, received = finish()
+            self._check_tags([other for other, _ in notes], tag)
+            return received, Route(plan, recv_counts, [state for _, state in notes], tokens, slots)
+
+        return arrive
+
+    def _send(
+        self, x_TH: torch.Tensor, weights_TK: torch.Tensor, route: Route
+    ) -> Callable[[], tuple[torch.Tensor, Route]]:
         """Start the exchange of packed rows; where the transport can, they are packed where the receiver reads them."""
         x_TH, weights_TK = x_TH.detach(), weights_TK.detach()
-        if self._uniform and writes_in_place(self.transport, x_TH):
-            layout = self.layouts[0]
+        if self._in_place(x_TH):
+            counts = (route.send_counts, route.recv_counts)
+            fill = self._fill(x_TH, weights_TK, route.tokens, route.slots, route.send_counts)
+            finish = self.transport.start_rows(self._row_bytes, *counts, fill, "dispatch")
+        else:
+            packed, send_units, recv_units = self._pack(x_TH, weights_TK, route)
+            finish = self.transport.start_all_to_all_v(packed, send_units, recv_units, "dispatch")
+        return lambda: (finish(), route)
 
-            def fill(begin: int, end: int, out: torch.Tensor) -> None:
-                pack(x_TH, weights_TK, route.tokens[begin:end], route.slots[begin:end], layout, out)
+    def _fill(
+        self,
+        x_TH: torch.Tensor,
+        weights_TK: torch.Tensor,
+        tokens_N: torch.Tensor,
+        slots_NK: torch.Tensor,
+        counts: Sequence[int],
+    ) -> Callable[[int, int, torch.Tensor], None]:
+        """What packs rows of the plan for the transport, each rank's in the layout that is agreed with it."""
+        packers = [packer(x_TH, weights_TK, tokens_N, slots_NK, layout) for layout in self.layouts[: self._kinds]]
+        if self._kinds == 1:
+            return packers[0]
+        ends = list(accumulate(counts))
+        return lambda begin, end, out: packers[bisect_right(ends, begin)](begin, end, out)
 
-            return self.transport.start_rows(layout.row_bytes, route.send_counts, route.recv_counts, fill, "dispatch")
-        packed, send_units, recv_units = self._pack(x_TH, weights_TK, route)
-        return self.transport.start_all_to_all_v(packed, send_units, recv_units, "dispatch")
+    def _in_place(self, x_TH: torch.Tensor) -> bool:
+        return writes_in_place(self.transport, x_TH)
 
     def _pack(
         self, x_TH: torch.Tensor, weights_TK: torch.Tensor, route: Route
@@ -284,16 +331,14 @@ class Dispatcher:
     def _unpack(self, received: torch.Tensor, route: Route) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The inverse of _pack, for what came: (rows [N, H], weights [N, K], slots [N, K])."""
         if self._uniform:
-            return unpack(received, self.layouts[0])
-        units = [
-            count * layout.row_bytes // ALIGN for count, layout in zip(route.recv_counts, self.layouts, strict=True)
-        ]
-        parts = [
-            unpack(part.reshape(count, layout.row_bytes), layout)
-            for part, count, layout in zip(received.split(units), route.recv_counts, self.layouts, strict=True)
-        ]
-        rows, weights, slots = (torch.cat(column) for column in zip(*parts, strict=True))
-        return rows, weights, slots
+            return unpack(received.view(-1, self._row_bytes[0]), self.layouts[0])
+        counts = route.recv_counts
+        parts = new_parts(sum(counts), self.exact_layout, received.device)
+        sizes = [count * each for count, each in zip(counts, self._row_bytes, strict=True)]
+        columns = zip(*(part.split(counts) for part in parts), strict=True)
+        for packed, layout, out in zip(received.view(-1).split(sizes), self.layouts, columns, strict=True):
+            unpack(packed.view(-1, layout.row_bytes), layout, out=out)
+        return parts
 
     def _exchange_counts(self, plan: DispatchPlan, tag: int, state: int) -> tuple[list[int], list[int]]:
         header = torch.empty(self.transport.size, _HEADER, dtype=torch.int64)
@@ -302,6 +347,10 @@ class Dispatcher:
         ones = [1] * self.transport.size
         answer = self.transport.all_to_all_v(header, ones, ones, "dispatch (counts)")
         counts, tags, states = (column.tolist() for column in answer.unbind(1))
+        self._check_tags(tags, tag)
+        return counts, states
+
+    def _check_tags(self, tags: list[int], tag: int) -> None:
         for rank, other in enumerate(tags):
             if other != tag:
                 raise MoeRuntimeError(
@@ -309,7 +358,6 @@ class Dispatcher:
                     f"{self.transport.rank} is at layer {tag // 2} (expand={bool(tag % 2)}): all ranks must run the "
                     "same number of forward passes; wrap uneven work in `with runtime.join(model):`"
                 )
-        return counts, states
 
     def _check_results(self, rows: torch.Tensor, handle: DispatchHandle) -> None:
         """Raise ConfigError for rows that combine cannot take."""
@@ -335,16 +383,24 @@ class Dispatcher:
             raise ConfigError(f"dispatch: topk ids must be whole numbers, got {slots_TK.dtype}")
 
 
+def _call(function: type[torch.autograd.Function], first: torch.Tensor, second: torch.Tensor, *others: Any) -> Any:
+    """function.apply where a graph is to be made, else its forward alone, which for one token takes half the time."""
+    differentiable = torch.is_grad_enabled() and (first.requires_grad or second.requires_grad)
+    return (function.apply if differentiable else function.forward)(first, second, *others)
+
+
 class _DispatchRows(torch.autograd.Function):
     """The rows of an exchange that has been started, and the way of their gradients home."""
 
     @staticmethod
-    def forward(ctx, x_TH, weights_TK, dispatcher, route, finish):
-        ctx.dispatcher, ctx.route = dispatcher, route
+    def forward(x_TH, weights_TK, dispatcher, route, received):
+        return *dispatcher._unpack(received, route), torch.zeros(())
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x_TH, weights_TK, ctx.dispatcher, ctx.route, _ = inputs
         ctx.shapes = (x_TH.shape, weights_TK.shape, weights_TK.dtype, weights_TK.device)
-        rows, recv_weights, recv_slots = dispatcher._unpack(finish(), route)
-        ctx.mark_non_differentiable(recv_slots)
-        return rows, recv_weights, recv_slots, torch.zeros(())
+        ctx.mark_non_differentiable(output[2])
 
     @staticmethod
     @once_differentiable
@@ -361,26 +417,43 @@ class _DispatchRows(torch.autograd.Function):
 
 
 def _start_exchange(
-    rows: torch.Tensor, anchor: torch.Tensor, transport: Transport, send_counts: list[int], recv_counts: list[int]
+    rows: torch.Tensor,
+    anchor: torch.Tensor,
+    transport: Transport,
+    send_counts: list[int],
+    recv_counts: list[int],
+    order: torch.Tensor | None = None,
 ) -> Callable[[], torch.Tensor]:
-    """Begin to bring results home; the function that it returns waits for them. Differentiable in `rows`."""
-    finish = _start_rows(rows.detach(), transport, send_counts, recv_counts, "combine")
-    return lambda: _Exchange.apply(rows, anchor, transport, send_counts, recv_counts, finish)
+    """Begin to bring results home; the function that it returns waits for them. Differentiable in `rows`.
+
+    order [N]: a permutation; rows[order[n]] is the n-th to be sent. None: as they are.
+    """
+    finish = _start_rows(rows.detach(), transport, send_counts, recv_counts, "combine", order)
+    return lambda: _call(_Exchange, rows, anchor, transport, send_counts, recv_counts, order, finish)
 
 
 def _start_rows(
-    rows: torch.Tensor, transport: Any, send_counts: list[int], recv_counts: list[int], phase: str
+    rows: torch.Tensor,
+    transport: Any,
+    send_counts: list[int],
+    recv_counts: list[int],
+    phase: str,
+    order: torch.Tensor | None = None,
 ) -> Callable[[], torch.Tensor]:
     """start_all_to_all_v of rows [N, H], copied once where the transport lets them be written in place."""
     row_bytes = rows.shape[1] * rows.element_size()
     if row_bytes % ALIGN or not row_bytes or not writes_in_place(transport, rows):
-        return transport.start_all_to_all_v(rows.contiguous(), send_counts, recv_counts, phase)
+        in_order = rows.contiguous() if order is None else gather(rows, order)
+        return transport.start_all_to_all_v(in_order, send_counts, recv_counts, phase)
 
     def fill(begin: int, end: int, out: torch.Tensor) -> None:
-        out.view(rows.dtype).copy_(rows[begin:end])
+        if order is None:
+            out.view(rows.dtype).copy_(rows[begin:end])
+        else:
+            gather(rows, order[begin:end], out.view(rows.dtype))
 
-    finish = transport.start_rows(row_bytes, send_counts, recv_counts, fill, phase)
-    return lambda: finish().view(rows.dtype)
+    finish = transport.start_rows([row_bytes] * transport.size, send_counts, recv_counts, fill, phase)
+    return lambda: finish().view(-1, row_bytes).view(rows.dtype)
 
 
 def writes_in_place(transport: Any, rows: torch.Tensor) -> bool:
@@ -392,16 +465,22 @@ class _Exchange(torch.autograd.Function):
     """An all-to-all of rows whose backward pass is the opposite all-to-all. `anchor` only ties the graph together."""
 
     @staticmethod
-    def forward(ctx, rows, anchor, transport, send_counts, recv_counts, finish):
-        ctx.exchange = (transport, recv_counts, send_counts)
+    def forward(rows, anchor, transport, send_counts, recv_counts, order, finish):
         return finish()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, _, transport, send_counts, recv_counts, ctx.order, _ = inputs
+        ctx.exchange = (transport, recv_counts, send_counts)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_rows):
         transport, send_counts, recv_counts = ctx.exchange
         grad = _start_rows(grad_rows, transport, send_counts, recv_counts, "backward of combine")()
-        return grad, torch.zeros(()), None, None, None, None
+        if ctx.order is not None:
+            grad = torch.empty_like(grad).index_copy_(0, ctx.order, grad)
+        return grad, torch.zeros(()), None, None, None, None, None
 
 
 def _count_by_rank(rows: np.ndarray, rows_per_rank: Sequence[int]) -> list[int]:

@@ -16,6 +16,7 @@ import os
 import select
 import socket
 import struct
+import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any, Protocol
@@ -28,8 +29,8 @@ HEAD = struct.Struct("=qq")  # kind; number of the message, counted from 1 each 
 # DATA: bytes in this chunk, bytes of the message. OPEN: bytes sent, bytes expected, where in the sender's window.
 # WRITTEN: bytes. BLAME: a rank. A small message is its bytes after the head.
 FRAME = struct.Struct("=qqqqq")
-_SLICE_S = 0.02  # how long a rank sleeps before it looks whether others have ended
-_SPIN_NS, _SPIN_LEAST_NS = 100_000, 1_000  # before it sleeps
+SLICE_S = 0.02  # how long a rank sleeps before it looks whether others have ended
+_SPIN_NS = 200_000  # at most, before it sleeps
 
 
 def extension() -> Any:
@@ -147,23 +148,30 @@ class Waiter(Protocol):
 
 
 class Bell:
-    """At this rank's bell in its window: first spinning, as long as that was of use lately, then asleep."""
+    """At this rank's bell in its window: first spinning, longer if waits were short lately, then asleep."""
 
     def __init__(self, window: mmap.mmap, size: int) -> None:
         self._window, self._extension, self._seen = window, extension(), 0
         # Who spins where ranks outnumber cores keeps the one from running whom it waits for.
         self._longest_ns = _SPIN_NS if size <= len(os.sched_getaffinity(0)) else 0
-        self._spin_ns = self._longest_ns
+        self.spin_ns = self._longest_ns
 
     def look(self) -> None:
         self._seen = self._extension.exchange_look(self._window)
 
     def wait(self, peers: Iterable[int], timeout_s: float) -> bool:
-        nanoseconds = int(1e9 * min(timeout_s, _SLICE_S))
-        rang = self._extension.exchange_await(self._window, self._seen, self._spin_ns, nanoseconds)
-        changed = 2 * self._spin_ns if rang == 1 else self._spin_ns // 2
-        self._spin_ns = min(max(changed, _SPIN_LEAST_NS), self._longest_ns)
+        nanoseconds = int(1e9 * min(timeout_s, SLICE_S))
+        began = time.monotonic_ns()
+        rang = self._extension.exchange_await(self._window, self._seen, self.spin_ns, nanoseconds)
+        self.learn(time.monotonic_ns() - began)
         return rang == 0
+
+    def learn(self, waited_ns: int) -> None:
+        """How long the last wait was, asleep or not. Waking up takes so long that it pays to spin for a short one; of
+        a long one spinning is a small part, but others might have used the core.
+        """
+        short = waited_ns < 4 * self._longest_ns
+        self.spin_ns = self._longest_ns if short else self._longest_ns // 8
 
 
 class Poll:

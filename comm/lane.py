@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import mmap
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,24 @@ def rows_source(fill: Callable[[int, int, torch.Tensor], None], first: int, coun
         fill(first + row, first + end, torch.from_numpy(out).view(-1, row_bytes))
 
     return Source(count * row_bytes, write, row_bytes, True)
+
+
+def rows_sources(
+    fill: Callable[[int, int, torch.Tensor], None], row_bytes: Sequence[int], counts: Sequence[int]
+) -> list[Source]:
+    """The rows of start_rows for each rank r, of row_bytes[r]."""
+    firsts = [end - count for count, end in zip(counts, accumulate(counts), strict=True)]
+    return [rows_source(fill, *each) for each in zip(firsts, counts, row_bytes, strict=True)]
+
+
+def rows_targets(memory: np.ndarray, at: int, row_bytes: Sequence[int], counts: Sequence[int]) -> list[Target]:
+    """Where each rank's rows belong in `memory`, which is at `at` in the window or elsewhere."""
+    targets, begin = [], 0
+    for each, count in zip(row_bytes, counts, strict=True):
+        end = begin + each * count
+        targets.append(Target(memory[begin:end], ELSEWHERE if at == ELSEWHERE else at + begin, True))
+        begin = end
+    return targets
 
 
 def _cut(source: Source) -> Source:
@@ -170,6 +189,12 @@ class Lane:
     def check(self) -> None:
         """See whether the peer has ended; `work` then says so, after what it sent before."""
         self._frames.check()
+
+    def require(self) -> None:
+        """Raises Lost where the peer has ended."""
+        self._frames.check()
+        if self._frames.ended is not None:
+            raise Lost(self._frames.ended + self._frames.blame)
 
     # ---- writing --------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import socket
+import sys
 from typing import Any
 
 import torch.distributed as dist
@@ -37,15 +38,18 @@ def connect(
 ) -> Transport:
     """The transport of this rank's world. Every rank calls it; it returns when all have come.
 
-    kind: "gloo", "shm", "mpi", "zeromq", "islands", or "auto": one torch.distributed group over the vendor's library
-    (gloo where that is a CPU). about: what must be equal on all ranks that meet over ZeroMQ (versions, hashes);
-    torch.distributed has no such check, and the dispatcher's own comes later. place: where this rank computes.
+    kind: "gloo", "shm", "mpi", "zeromq", "islands", or "auto": shared memory where all ranks are CPUs of one machine,
+    else one torch.distributed group over the vendor's library (gloo where that is a CPU). about: what must be equal on
+    all ranks that meet over ZeroMQ (versions, hashes); torch.distributed has no such check, and the dispatcher's own
+    comes later. place: where this rank computes.
     bridge_kind: between islands, "zeromq", or "gloo" or "mpi" where all nodes have the same, or "flagcx".
 
     If the caller has initialised torch.distributed already, its default group is used and left open on close.
     Raises PeerTimeout when some rank has not come within `timeout_s`, ConfigError when the address cannot be used.
     """
     one_machine = world.local_size == world.size
+    if kind == "auto" and one_machine and _can_share_memory(place):
+        kind = "shm"
     if (kind == "zeromq" or (kind == "islands" and bridge_kind == "zeromq")) and world.size > 1:
         if world.master_addr is None or world.master_port is None or world.agent_store:
             raise ConfigError(f"transport {kind} needs MASTER_ADDR and a free MASTER_PORT: start with moe-launch")
@@ -80,6 +84,11 @@ def connect(
     address, port, listener = _endpoint(world)
     join_group(address, port, listener, world.rank, world.size, timeout_s, "moe_runtime")
     return _over_group(place, timeout_s, kind)
+
+
+def _can_share_memory(place: Place) -> bool:
+    """Whether CPU ranks of one machine had better use shm; a group that the caller has made already is used."""
+    return place.device.type == "cpu" and sys.platform == "linux" and not dist.is_initialized()
 
 
 def _over_group(place: Place, timeout_s: float, kind: str, group: Any = None) -> Transport:

@@ -11,6 +11,7 @@ every part starts at a multiple of 16 bytes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from ..core import native
 from ..core.errors import ConfigError
+from ..core.memory import pool
 from ..core.tensors import aligned, byte_rows, takes_c
 from . import cuda
 from .formats import FORMATS, WireFormat, decode, encode_into, num_scales, payload_bytes
@@ -68,6 +70,8 @@ def layout_of(hidden_size: int, top_k: int, dtype: torch.dtype, wire: str) -> Ro
 
 # ---------------------------------------------------------------- packed rows
 
+Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # hidden, weights, slots
+
 
 def pack(
     x_TH: torch.Tensor,
@@ -100,8 +104,26 @@ def pack(
         packed.numpy(),
         layout.wire.name,
         *_places(layout),
+        "",
     )
     return packed
+
+
+def packer(
+    x_TH: torch.Tensor, weights_TK: torch.Tensor, tokens_N: torch.Tensor, slots_NK: torch.Tensor, layout: RowLayout
+) -> Callable[[int, int, torch.Tensor], None]:
+    """A function (begin, end, out) that packs rows begin..end into `out`: pack, with what all calls share done once."""
+    if x_TH.dtype not in _ROW_DTYPES or not takes_c(x_TH, tokens_N, slots_NK):
+        return lambda begin, end, out: pack(x_TH, weights_TK, tokens_N[begin:end], slots_NK[begin:end], layout, out)
+    x, weights = byte_rows(x_TH), _array(weights_TK, layout.weight_dtype)
+    tokens, slots = _array(tokens_N, torch.int64), _array(slots_NK, torch.int32)
+    dtype, places = dtype_name(x_TH.dtype), _places(layout)
+
+    def fill(begin: int, end: int, out: torch.Tensor) -> None:
+        packed, which = out.numpy(), slice(begin, end)
+        _in_c("pack_rows", x, dtype, weights, tokens[which], slots[which], packed, layout.wire.name, *places, "")
+
+    return fill
 
 
 def pack_torch(
@@ -136,22 +158,22 @@ def _pack_torch(
     return packed
 
 
-def unpack(
-    packed: torch.Tensor, layout: RowLayout, *, copy: bool = False
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def unpack(packed: torch.Tensor, layout: RowLayout, *, copy: bool = False, out: Parts | None = None) -> Parts:
     """(hidden [N, H] in the layout's dtype, weights [N, K], slots [N, K] int32) of packed rows uint8 [N, row_bytes].
 
     Hidden values that travelled as they are stay a view of `packed`, unless `copy`: that leaves nothing which the next
-    rows in the same memory would change. Everything else is contiguous and new.
+    rows in the same memory would change. Everything else is contiguous and new. `out`, where given, is filled and
+    returned: three contiguous tensors of those shapes and dtypes, where `packed` is.
     """
-    if cuda.takes("unpack", packed, layout):
+    if out is None and cuda.takes("unpack", packed, layout):
         return cuda.unpack(packed, layout)
     if not takes_c(packed):
-        return unpack_torch(packed, layout, copy=copy)
-    count, as_they_are = len(packed), layout.wire.dtype == layout.dtype and not copy
-    hidden = None if as_they_are else torch.empty(count, layout.hidden_size, dtype=layout.dtype)
-    weights = torch.empty(count, layout.top_k, dtype=layout.weight_dtype)
-    slots = torch.empty(count, layout.top_k, dtype=torch.int32)
+        return unpack_torch(packed, layout, copy=copy, out=out)
+    if out is None:
+        as_they_are = layout.wire.dtype == layout.dtype and not copy
+        hidden, weights, slots = new_parts(len(packed), layout, packed.device, hidden=not as_they_are)
+    else:
+        hidden, weights, slots = out
     _in_c(
         "unpack_rows",
         byte_rows(packed),
@@ -161,20 +183,34 @@ def unpack(
         weights.numpy(),
         slots.numpy(),
         *_places(layout),
+        "",
     )
     return _parts(packed, layout)[0] if hidden is None else hidden, weights, slots
 
 
-def unpack_torch(
-    packed: torch.Tensor, layout: RowLayout, *, copy: bool = False
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def unpack_torch(packed: torch.Tensor, layout: RowLayout, *, copy: bool = False, out: Parts | None = None) -> Parts:
     """The torch twin of unpack: same arguments and results, on any device."""
     hidden, scales, weights, slots = _parts(packed, layout)
+    if out is not None:
+        decoded = hidden if layout.wire.dtype == layout.dtype else decode(hidden, scales, layout.wire, layout.dtype)
+        for given, part in zip(out, (decoded, weights, slots), strict=True):
+            given.copy_(part)
+        return out
     if layout.wire.dtype != layout.dtype:
         hidden = decode(hidden, scales, layout.wire, layout.dtype)
     elif copy:
         hidden = _new(hidden)
     return hidden, _new(weights), _new(slots)
+
+
+def new_parts(count: int, layout: RowLayout, device: torch.device, hidden: bool = True) -> Parts:
+    """What unpack gives, not set; without the hidden values where those stay where they are."""
+    rows, shape = None, (count, layout.hidden_size)
+    if hidden:
+        on_cpu = device.type == "cpu"
+        rows = pool.empty(shape, layout.dtype) if on_cpu else torch.empty(shape, dtype=layout.dtype, device=device)
+    weights = torch.empty(count, layout.top_k, dtype=layout.weight_dtype, device=device)
+    return rows, weights, torch.empty(count, layout.top_k, dtype=torch.int32, device=device)
 
 
 def pack_gradients(rows_NH: torch.Tensor, weights_NK: torch.Tensor, layout: RowLayout) -> torch.Tensor:
@@ -230,6 +266,43 @@ def round_up(size: int) -> int:
     return (size + ALIGN - 1) // ALIGN * ALIGN
 
 
+# ---------------------------------------------------------------- rows in another order
+
+
+def gather(rows_NH: torch.Tensor, order_M: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """[M, H]: row m is row order_M[m] (int64) of rows_NH. `out`, where given, is filled and returned.
+
+    Differentiable where `out` is not given; the gradient is combine_rows, whose order of adding is fixed. Raises
+    ConfigError, on a CPU, for rows that are not there.
+    """
+    if out is None and rows_NH.requires_grad and torch.is_grad_enabled():
+        return _Gather.apply(rows_NH, order_M)
+    return _gather(rows_NH.detach(), order_M, out)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows_NH, order_M):
+        ctx.save_for_backward(order_M)
+        ctx.num_rows = rows_NH.shape[0]
+        return _gather(rows_NH, order_M, None)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_MH):
+        (order_M,) = ctx.saved_tensors
+        return combine_rows(grad_MH, order_M, ctx.num_rows), None
+
+
+def _gather(rows_NH: torch.Tensor, order_M: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    if not takes_c(rows_NH, order_M):
+        return torch.index_select(rows_NH, 0, order_M, out=out)
+    if out is None:
+        out = pool.empty((len(order_M), rows_NH.shape[1]), rows_NH.dtype)
+    _in_c("gather_rows", byte_rows(rows_NH), _array(order_M, torch.int64), byte_rows(out))
+    return out
+
+
 # ---------------------------------------------------------------- sums
 
 
@@ -250,6 +323,9 @@ def combine_rows(
     Bit for bit the same on every device: C on a CPU, a kernel of comm/cuda.py on CUDA, torch in passes elsewhere;
     torch's index_add adds in any order on CUDA.
     """
+    differentiable = rows_NH.requires_grad or (weights_N is not None and weights_N.requires_grad)
+    if not (differentiable and torch.is_grad_enabled()):
+        return _sum_rows(rows_NH, weights_N, tokens_N, choices_N, num_tokens)
     return _CombineRows.apply(rows_NH, weights_N, tokens_N, choices_N, num_tokens)
 
 
@@ -276,13 +352,7 @@ class _CombineRows(torch.autograd.Function):
     def forward(ctx, rows_NH, weights_N, tokens_N, choices_N, num_tokens):
         ctx.save_for_backward(tokens_N, weights_N, rows_NH if ctx.needs_input_grad[1] else None)
         ctx.row_dtype = rows_NH.dtype
-        if rows_NH.dtype in _ROW_DTYPES and takes_c(rows_NH, tokens_N):
-            return _combine_in_c(rows_NH, tokens_N, num_tokens, weights_N, choices_N)
-        if cuda.takes("sum", rows_NH):
-            order, starts = cuda.order_of_rows(tokens_N, choices_N, num_tokens)
-            weights = None if weights_N is None else weights_N.to(cuda.sum_dtype(rows_NH.dtype))
-            return cuda.sum_by_kernel(rows_NH, order, starts, weights, rows_NH.dtype)
-        return combine_rows_torch(rows_NH, tokens_N, num_tokens, weights_N, choices_N)
+        return _sum_rows(rows_NH, weights_N, tokens_N, choices_N, num_tokens)
 
     @staticmethod
     @once_differentiable
@@ -298,6 +368,22 @@ class _CombineRows(torch.autograd.Function):
         return grad_rows, grad_weights, None, None, None
 
 
+def _sum_rows(
+    rows_NH: torch.Tensor,
+    weights_N: torch.Tensor | None,
+    tokens_N: torch.Tensor,
+    choices_N: torch.Tensor | None,
+    num_tokens: int,
+) -> torch.Tensor:
+    if rows_NH.dtype in _ROW_DTYPES and takes_c(rows_NH, tokens_N):
+        return _combine_in_c(rows_NH, tokens_N, num_tokens, weights_N, choices_N)
+    if cuda.takes("sum", rows_NH):
+        order, starts = cuda.order_of_rows(tokens_N, choices_N, num_tokens)
+        weights = None if weights_N is None else weights_N.to(cuda.sum_dtype(rows_NH.dtype))
+        return cuda.sum_by_kernel(rows_NH, order, starts, weights, rows_NH.dtype)
+    return combine_rows_torch(rows_NH, tokens_N, num_tokens, weights_N, choices_N)
+
+
 def _combine_in_c(
     rows_NH: torch.Tensor,
     tokens_N: torch.Tensor,
@@ -305,7 +391,7 @@ def _combine_in_c(
     weights_N: torch.Tensor | None,
     choices_N: torch.Tensor | None,
 ) -> torch.Tensor:
-    sums = torch.empty(num_tokens, rows_NH.shape[1], dtype=rows_NH.dtype)
+    sums = pool.empty((num_tokens, rows_NH.shape[1]), rows_NH.dtype)
     _in_c(
         "sum_rows",
         byte_rows(rows_NH),
@@ -314,6 +400,7 @@ def _combine_in_c(
         None if weights_N is None else _array(weights_N, cuda.sum_dtype(rows_NH.dtype)),
         None if choices_N is None else _array(choices_N.argsort(stable=True), torch.int64),
         byte_rows(sums),
+        "",
     )
     return sums
 
@@ -323,7 +410,7 @@ def _combine_in_c(
 
 def _in_c(function: str, *arguments: object) -> None:
     try:
-        getattr(native.extension, function)(*arguments, "")
+        getattr(native.extension, function)(*arguments)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

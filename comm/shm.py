@@ -7,6 +7,9 @@ extension is missing (comm/frames.py). Exchanges, deadlines and whom to blame ar
 Rows move only inside calls. Starting an exchange writes what has a place: small messages always, and rows of ranks that
 have started as well. The rest moves when the exchange is finished, or in the next call if one comes before: two ranks
 have one message each way under way. So the rank that starts last holds up nobody by computing meanwhile.
+
+Rows of dispatch and combine go in one step where they are few: parcels (comm/parcels.py) carry their number and the
+rows themselves. More of them are announced by a parcel and then written in place.
 """
 
 from __future__ import annotations
@@ -17,15 +20,30 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
 from ..core.errors import ConfigError, MoeRuntimeError, PeerLost, PeerTimeout
-from .frames import Bell, Broken, Poll, Ring, Waiter, Wire, extension
-from .lane import EAGER_BYTES, ELSEWHERE, SMALL_BYTES, Lane, Lost, Mismatch, Source, Target, bytes_source, rows_source
+from ..core.memory import pool
+from .frames import SLICE_S, Bell, Broken, Poll, Ring, Waiter, Wire, extension
+from .lane import (
+    EAGER_BYTES,
+    ELSEWHERE,
+    SMALL_BYTES,
+    Lane,
+    Lost,
+    Mismatch,
+    Source,
+    Target,
+    bytes_source,
+    rows_sources,
+    rows_targets,
+)
 from .meeting import meet
+from .parcels import NOTE, Parcels, Post
 from .transport import InHalves, Waits, byte_view, check_counts, check_peer, describe_counts, once, reduce_in_rank_order
 from .window import Arena, create, layout_of
 
@@ -58,7 +76,7 @@ class SharedMemoryTransport(InHalves):
             raise ConfigError(f"rank {rank} is not in 0..{size - 1}")
         self.rank, self.size, self.deadline_s = rank, size, deadline_s
         self.waits = Waits(size)
-        self._latest: _Exchange | None = None  # all before it have ended
+        self._latest: _Exchange | _Rows | None = None  # all before it have ended
         self._unusable: str | None = None
         self._blamed: int | None = None
         self._lanes: dict[int, Lane] = {}
@@ -80,6 +98,8 @@ class SharedMemoryTransport(InHalves):
             self._lanes[peer] = Lane(wire, frames, one.pid, self._layout, window, one.window, rank, peer)
         sockets = {peer: one.connection for peer, one in peers.items()}
         self._waiter: Waiter = Poll(sockets) if without else Bell(window, size)
+        windows = {peer: one.window for peer, one in peers.items()}
+        self._parcels = Parcels(rank, window, windows, self._layout, use=not without)
 
     @property
     def name(self) -> str:
@@ -129,7 +149,7 @@ class SharedMemoryTransport(InHalves):
 
     def start_rows(
         self,
-        row_bytes: int,
+        row_bytes: Sequence[int],
         send_counts: Sequence[int],
         recv_counts: Sequence[int],
         fill: Callable[[int, int, torch.Tensor], None],
@@ -137,28 +157,50 @@ class SharedMemoryTransport(InHalves):
     ) -> Callable[[], torch.Tensor]:
         """An all_to_all_v of packed rows that are written where they will be read, instead of being copied there.
 
-        fill(begin, end, out) writes rows begin..end, numbered over all destinations in order, into `out`, uint8
-        [end - begin, row_bytes] in the receiver's window. It is called in this call or when the exchange is finished,
-        once for each row, with the rows of one destination at a time. row_bytes is a multiple of 16.
+        row_bytes [R]: of the rows between this rank and each, both ways; multiples of 16. fill(begin, end, out) writes
+        rows begin..end, numbered over all destinations in order, into `out`, uint8 [end - begin, row_bytes] in the
+        receiver's window. It is called in this call or when the exchange is finished, once for each row. Rows that fit
+        in a parcel (256 KiB, less in small windows) are written to memory of this rank first, those of several
+        destinations at once where all row_bytes are the same.
 
-        The returned function waits and gives uint8 [sum(recv_counts), row_bytes], grouped by source, once. Where this
-        rank's window has room for all of them, that is memory of the window itself, lent until the tensor and all
-        views of it are gone (a forked child, which shares it, must copy what it needs). Where it has none, rows go
-        through chunks into memory that is taken for the result, of just its size; a sender whose rows are larger than
-        a chunk (1 MiB, less in small windows) takes memory for one row for each such receiver.
+        The returned function waits and gives the rows, grouped by source, as bytes in one dimension, once. If all came
+        in parcels, that is memory of its own. Else, where this rank's window has room for all of them, it is memory of
+        the window itself, lent until the tensor and all views of it are gone (a forked child, which shares it, must
+        copy what it needs). Where it has none, rows go through chunks into memory that is taken for the result, of just
+        its size; a sender whose rows are larger than a chunk (1 MiB, less in small windows) takes memory for one row
+        for each such receiver.
 
         After an error in `fill` the transport is unusable.
         """
-        self._check_row_counts(row_bytes, send_counts, recv_counts, phase)
-        at, memory = self._take_memory(row_bytes * sum(recv_counts))
-        sources, targets, row, place = [], [], 0, 0
-        for send_count, recv_count in zip(send_counts, recv_counts, strict=True):
-            after = place + row_bytes * recv_count
-            sources.append(rows_source(fill, row, send_count, row_bytes))
-            targets.append(Target(memory[place:after], ELSEWHERE if at == ELSEWHERE else at + place, True))
-            row, place = row + send_count, after
-        result = torch.from_numpy(memory).view(-1, row_bytes)
-        return self._start_rows(sources, targets, result, send_counts, recv_counts, phase)
+        row_bytes = self._check_row_counts(row_bytes, send_counts, recv_counts, phase)
+        if not self._parcels.used:
+            at, memory = self._take_memory(sum(_products(row_bytes, recv_counts)))
+            sources = rows_sources(fill, row_bytes, send_counts)
+            targets = rows_targets(memory, at, row_bytes, recv_counts)
+            return self._start_rows(sources, targets, torch.from_numpy(memory), send_counts, recv_counts, phase)
+        rows = self._begin(_Rows(self, row_bytes, send_counts, fill, phase, (0, 0), recv_counts))
+        return once(lambda: rows.finish()[2], phase)
+
+    @property
+    def takes_counted_rows(self) -> bool:
+        """Whether start_counted_rows can be called; the same on all ranks."""
+        return self._parcels.used
+
+    def start_counted_rows(
+        self,
+        row_bytes: Sequence[int],
+        send_counts: Sequence[int],
+        note: tuple[int, int],
+        fill: Callable[[int, int, torch.Tensor], None],
+        phase: str,
+    ) -> Callable[[], tuple[list[int], list[list[int]], torch.Tensor]]:
+        """start_rows for ranks that do not know yet how many rows come; each sends two numbers of its own along.
+
+        The returned function gives (rows received from each rank, each rank's note, the rows as start_rows gives
+        them), once. A call that sends more than fits in parcels waits for all ranks' counts; others do not wait.
+        """
+        row_bytes = self._check_row_counts(row_bytes, send_counts, send_counts, phase)
+        return once(self._begin(_Rows(self, row_bytes, send_counts, fill, phase, note)).finish, phase)
 
     def all_reduce(self, tensor: torch.Tensor, phase: str, op: str = "sum") -> None:
         """In rank order, so that the result is the same for any timing; of large tensors each rank reduces a part."""
@@ -219,15 +261,21 @@ class SharedMemoryTransport(InHalves):
         """(where in the window, memory): a region of the window if there is room."""
         if not num_bytes:
             return ELSEWHERE, _NOTHING
-        return self._arena.lend(num_bytes) or (ELSEWHERE, np.empty(num_bytes, dtype=np.uint8))
+        return self._arena.lend(num_bytes) or (ELSEWHERE, pool.bytes(num_bytes))
 
     def _check_row_counts(
-        self, row_bytes: int, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str
-    ) -> None:
-        if row_bytes <= 0 or row_bytes % _ROW_ALIGN:
-            raise ConfigError(f"{phase}: row_bytes must be a positive multiple of {_ROW_ALIGN}, got {row_bytes}")
+        self, row_bytes: Sequence[int], send_counts: Sequence[int], recv_counts: Sequence[int], phase: str
+    ) -> list[int]:
+        if len(row_bytes) != self.size or any(each <= 0 or each % _ROW_ALIGN for each in row_bytes):
+            raise ConfigError(
+                f"{phase}: row_bytes must be {self.size} positive multiples of {_ROW_ALIGN}, got {list(row_bytes)}"
+            )
         no_bytes = torch.empty(max(sum(send_counts), 0), 0)  # as many rows as there will be
         check_counts(self, no_bytes, send_counts, recv_counts, phase)
+        if send_counts[self.rank] != recv_counts[self.rank]:
+            detail = describe_counts(send_counts, recv_counts)
+            raise ConfigError(f"{phase}: rank {self.rank} does not agree with itself, {detail}")
+        return list(row_bytes)
 
     def _start_rows(
         self,
@@ -275,10 +323,31 @@ class SharedMemoryTransport(InHalves):
 
         An empty message is sent as well. Ends the exchange that is under way first, if there is one.
         """
+        self._end_latest(phase)
+        self._latest = exchange = self._open(messages, phase, detail, own)
+        return exchange
+
+    def _end_latest(self, phase: str) -> None:
         self._check_usable(phase)
-        if self._latest is not None and self._latest.busy:
+        if isinstance(self._latest, _Rows):
+            self._latest.settle()
+        elif self._latest is not None:
             self._finish(self._latest)
-        self._latest = exchange = _Exchange({peer: self._lanes[peer] for peer in messages}, phase, detail, {})
+
+    def _begin(self, rows: _Rows) -> _Rows:
+        self._end_latest(rows.phase)
+        self._latest = rows
+        self._step(rows, self.rank, rows.begin)
+        return rows
+
+    def _open(
+        self,
+        messages: _Messages,
+        phase: str,
+        detail: Callable[[], str],
+        own: tuple[Source, Target] | None = None,
+    ) -> _Exchange:
+        exchange = _Exchange({peer: self._lanes[peer] for peer in messages}, phase, detail, {})
         for peer, (source, target) in messages.items():
             self._step(exchange, peer, self._lanes[peer].begin, source, target)
         if own is not None and own[0].total:
@@ -305,7 +374,7 @@ class SharedMemoryTransport(InHalves):
         waited = 0.0  # not the time that this rank's own writing takes
         while exchange.busy:
             if waited >= self.deadline_s:
-                self._time_out(exchange)
+                self._time_out(exchange, {peer: lane.progress() for peer, lane in exchange.busy.items()})
             began = time.monotonic()
             quiet = self._waiter.wait(exchange.busy, self.deadline_s - waited)
             waited += time.monotonic() - began
@@ -324,10 +393,10 @@ class SharedMemoryTransport(InHalves):
             if lane.idle:
                 del exchange.busy[peer]
 
-    def _step(self, exchange: _Exchange, peer: int, step: Callable[..., None], *arguments: Any) -> None:
+    def _step(self, exchange: _Exchange | _Rows, peer: int, step: Callable[..., Any], *arguments: Any) -> Any:
         """A step of an exchange with `peer`; whatever stops it makes the transport unusable."""
         try:
-            step(*arguments)
+            return step(*arguments)
         except Lost as lost:
             self._unusable, self._blamed = f"phase {exchange.phase} lost rank {peer}", peer
             raise PeerLost(
@@ -343,22 +412,24 @@ class SharedMemoryTransport(InHalves):
             ) from None
         except Broken as broken:
             self._unusable, self._blamed = f"rank {peer} broke the protocol in phase {exchange.phase}", peer
+            who = f"rank {peer} (process {self._lanes[peer].pid})" if peer in self._lanes else "a rank"
             raise MoeRuntimeError(
-                f"{self._where(exchange)}: what rank {peer} (process {self._lanes[peer].pid}) wrote to shared memory "
+                f"{self._where(exchange)}: what {who} wrote to shared memory "
                 f"cannot be: {broken}; it is faulty, or something has overwritten the memory"
             ) from None
         except BaseException as error:
-            self._unusable = f"{type(error).__name__} ended phase {exchange.phase} before its time"
+            self._unusable = self._unusable or f"{type(error).__name__} ended phase {exchange.phase} before its time"
             raise
 
-    def _where(self, exchange: _Exchange) -> str:
+    def _where(self, exchange: _Exchange | _Rows) -> str:
         detail = exchange.detail()
         return f"rank {self.rank}, phase {exchange.phase}" + (f", {detail}" if detail else "")
 
-    def _time_out(self, exchange: _Exchange) -> NoReturn:
-        busy, phase = exchange.busy, exchange.phase
+    def _time_out(self, exchange: _Exchange | _Rows, busy: dict[int, str]) -> NoReturn:
+        """busy: the ranks waited for, and how far each is."""
+        phase = exchange.phase
         self._unusable, self._blamed = f"phase {phase} timed out", next(iter(busy))
-        progress = "; ".join(f"rank {peer}: {lane.progress()}" for peer, lane in busy.items())
+        progress = "; ".join(f"rank {peer}: {how_far}" for peer, how_far in busy.items())
         raise PeerTimeout(
             f"{self._where(exchange)}: waited {self.deadline_s:g} s for ranks {list(busy)} over {self.name} "
             f"({progress}); they are stuck, stopped or in a different call (raise timeout_s if they are only slow)",
@@ -383,6 +454,150 @@ class _Exchange:
     phase: str
     detail: Callable[[], str]
     waited_s: dict[int, float]
+
+
+class _Rows:
+    """Rows under way. Each rank's go in its parcel if they fit (`here`), else by the lanes once both know their counts.
+
+    row_bytes: of each rank's rows, both ways. recv_counts: None where only the parcels will tell.
+    """
+
+    def __init__(
+        self,
+        transport: SharedMemoryTransport,
+        row_bytes: list[int],
+        send_counts: Sequence[int],
+        fill: Callable[[int, int, torch.Tensor], None],
+        phase: str,
+        note: tuple[int, int],
+        recv_counts: Sequence[int] | None = None,
+    ) -> None:
+        self.transport, self.row_bytes, self.phase, self.note = transport, row_bytes, phase, note
+        self.send_counts, self.recv_counts, self.fill = send_counts, recv_counts, fill
+        self.sent = _products(row_bytes, send_counts)
+        self.here = [transport._parcels.fits(num_bytes) for num_bytes in self.sent]
+        self.received: list[int] = []  # bytes from each rank
+        self.post: Post | None = None
+        self.by_lane: _Exchange | None = None
+        self.memory: np.ndarray | None = None
+        self.settled = False
+
+    def detail(self) -> str:
+        return describe_counts(self.send_counts, self.recv_counts or [])
+
+    def begin(self) -> None:
+        parcels = self.transport._parcels
+        bounds = [0, *accumulate(num_bytes * here for num_bytes, here in zip(self.sent, self.here, strict=True))]
+        message = parcels.scratch(bounds[-1])
+        self._write(message, bounds)
+        notes = np.empty((len(self.sent), NOTE), dtype=np.int64)
+        notes[:, 0], notes[:, 1], notes[:, 3:] = self.send_counts, self.here, self.note
+        notes[:, 2] = -1 if self.recv_counts is None else self.recv_counts
+        self.post = parcels.post(message, bounds, notes)
+        if self.recv_counts is None and not all(self.here):
+            self.gather()
+        if self.recv_counts is not None:
+            self.open()
+
+    def _write(self, message: np.ndarray, bounds: list[int]) -> None:
+        """The rows that go in parcels; all at once where they can."""
+        rows = torch.from_numpy(message)
+        if all(self.here) and len(set(self.row_bytes)) == 1:
+            if len(rows):
+                self.fill(0, sum(self.send_counts), rows.view(-1, self.row_bytes[0]))
+            return
+        first = 0
+        for rank, (count, here) in enumerate(zip(self.send_counts, self.here, strict=True)):
+            if here and count:
+                part = rows[bounds[rank] : bounds[rank + 1]].view(count, self.row_bytes[rank])
+                self.fill(first, first + count, part)
+            first += count
+
+    def open(self) -> None:
+        """Memory for the rows, and the lanes where some do not fit in parcels."""
+        transport = self.transport
+        self.received = _products(self.row_bytes, self.recv_counts)
+        comes_here = [transport._parcels.fits(num_bytes) for num_bytes in self.received]
+        if all(self.here) and all(comes_here):
+            self.memory = np.empty(sum(self.received), dtype=np.uint8)
+            return
+        at, self.memory = transport._take_memory(sum(self.received))
+        sources = rows_sources(self.fill, self.row_bytes, self.send_counts)
+        targets = rows_targets(self.memory, at, self.row_bytes, self.recv_counts)
+        for rank in range(transport.size):
+            if self.here[rank]:
+                sources[rank] = bytes_source(_NOTHING, direct=True)
+            if comes_here[rank]:
+                targets[rank] = Target(_NOTHING, direct=True)
+        far = [peer for peer in transport._lanes if not (self.here[peer] and comes_here[peer])]
+        messages = {peer: (sources[peer], targets[peer]) for peer in far}
+        own = (sources[transport.rank], targets[transport.rank])
+        self.by_lane = transport._open(messages, self.phase, self.detail, own)
+
+    def settle(self) -> None:
+        """Until all rows are received and all of this rank's are where they belong."""
+        if self.settled:
+            return
+        transport = self.transport
+        self.gather()
+        if self.memory is None:
+            self.open()
+        if self.by_lane is not None:
+            transport._finish(self.by_lane)
+        ends = list(accumulate(self.received))
+        transport._step(self, transport.rank, transport._parcels.fetch, self.post, self.memory, ends)
+        self.settled, self.fill = True, None
+
+    def finish(self) -> tuple[list[int], list[list[int]], torch.Tensor]:
+        """(rows from each rank, each rank's note, the rows as bytes in one dimension)."""
+        transport, post = self.transport, self.post
+        if not self.settled:
+            transport._check_usable(self.phase)
+            self.settle()
+        memory, self.memory = self.memory, None  # so that who keeps the function does not keep the rows
+        for peer in transport._lanes:
+            written = 0.0 if self.by_lane is None else self.by_lane.waited_s.get(peer, 0.0)
+            transport.waits.add(peer, 1e-9 * int(post.waited_ns[peer]) + written)
+        return list(self.recv_counts), post.notes[:, 3:].tolist(), torch.from_numpy(memory)
+
+    def gather(self) -> None:
+        """Until every rank's parcel is there, and so how many rows it sends."""
+        transport, post = self.transport, self.post
+        deadline_s = transport.deadline_s
+        while not self._all_there(min(SLICE_S, deadline_s)):
+            waited_s = 1e-9 * int(post.waited_ns.max())
+            for peer in post.missing():
+                transport._step(self, peer, transport._lanes[peer].check)
+            if self._all_there(0.0):  # what a rank sent before it left still counts
+                break
+            for peer in post.missing():
+                transport._step(self, peer, transport._lanes[peer].require)
+            if waited_s >= deadline_s:
+                transport._time_out(self, {peer: "nothing received" for peer in post.missing()})
+        for peer in transport._lanes:
+            transport._step(self, peer, self._check, peer)
+        if self.recv_counts is None:
+            self.recv_counts = post.notes[:, 0].tolist()
+
+    def _all_there(self, timeout_s: float) -> bool:
+        transport = self.transport
+        return transport._step(self, transport.rank, transport._parcels.gather, self.post, transport._waiter, timeout_s)
+
+    def _check(self, peer: int) -> None:
+        count, here, expects, *_ = self.post.notes[peer].tolist()
+        each, length = self.row_bytes[peer], int(self.post.lengths[peer])
+        if count < 0 or here != self.transport._parcels.fits(each * count) or length != each * count * here:
+            raise Broken(f"a parcel of {length} bytes that is to say {count} rows of {each} bytes")
+        expected, sent = count if self.recv_counts is None else self.recv_counts[peer], self.send_counts[peer]
+        if count != expected or expects not in (sent, -1):
+            raise Mismatch(
+                f"sends {each * count} bytes where this rank expects {each * expected}, and expects "
+                f"{each * max(expects, 0)} where it sends {each * sent}"
+            )
+
+
+def _products(row_bytes: Sequence[int], counts: Sequence[int]) -> list[int]:
+    return [each * count for each, count in zip(row_bytes, counts, strict=True)]
 
 
 def _bytes_of(tensor: torch.Tensor) -> bytes:

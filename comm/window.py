@@ -1,8 +1,9 @@
 """A rank's window: the memory that the other ranks of its host write to, and which part of it is whose.
 
-    control | chunks | arena
+    control | parcels | chunks | arena
 
-Control is csrc/exchange.h's bell and rings. Each other rank has two chunks, through which messages go that have no
+Control is csrc/exchange.h's bell and rings. Each other rank has two places for parcels, which are small messages with
+the rows in them, and two chunks, through which messages go that have no
 place of their own. The arena is lent out in regions: the rows of one exchange, which senders write where the receiver
 reads them. Memory is anonymous (memfd): it has no name, and nothing is left behind, however a rank ends. Owns no flag
 and no socket.
@@ -25,8 +26,10 @@ from ..core.errors import ConfigError
 CHUNKS = 2  # of each pair of ranks: one is filled while the other is emptied
 LINE = 64  # bytes that a region's start is aligned to
 FRAME_BYTES = 304  # EXCHANGE_FRAME_BYTES
+PLACES = 2  # EXCHANGE_PLACES, for parcels of each rank
 _PAGE = 4096
 _LARGEST_CHUNK = 1 << 20
+_LARGEST_PLACE = 1 << 18
 _STEP = 1 << 20  # memory is taken from the kernel in steps of this many bytes
 _MADV_POPULATE_WRITE = 23  # Linux 5.14
 
@@ -41,12 +44,17 @@ class Layout:
     """Where the parts of a window of `size` ranks lie, in bytes; equal on all ranks of a world."""
 
     size: int
+    place_bytes: int  # of a parcel with its head; 0 where the window is too small for parcels
     chunk_bytes: int
     window_bytes: int
 
     @property
-    def chunks_at(self) -> int:
+    def parcels_at(self) -> int:
         return _round(control_bytes(self.size), _PAGE)
+
+    @property
+    def chunks_at(self) -> int:
+        return self.parcels_at + self.size * PLACES * self.place_bytes
 
     @property
     def arena_at(self) -> int:
@@ -63,9 +71,11 @@ class Layout:
 
 
 def layout_of(size: int, window_bytes: int) -> Layout:
-    """Chunks take at most a quarter of the window and 2 MiB per rank; the arena has the rest."""
+    """Chunks take at most a quarter of the window and 2 MiB per rank, parcels an eighth and half a MiB; the arena has
+    the rest."""
     chunk = min(window_bytes // 4 // (size * CHUNKS), _LARGEST_CHUNK) // _PAGE * _PAGE
-    layout = Layout(size, max(chunk, _PAGE), window_bytes // _PAGE * _PAGE)
+    place = min(window_bytes // 8 // (size * PLACES), _LARGEST_PLACE) // _PAGE * _PAGE
+    layout = Layout(size, place, max(chunk, _PAGE), window_bytes // _PAGE * _PAGE)
     if layout.arena_at > layout.window_bytes:
         raise ConfigError(
             f"a window of {window_bytes} bytes is too small for {size} ranks: at least {layout.arena_at} bytes"

@@ -792,6 +792,34 @@ static PyObject *unpack_rows(PyObject *module, PyObject *const *objects, Py_ssiz
     return result;
 }
 
+PyDoc_STRVAR(gather_rows_doc,
+             "gather_rows(rows, order, gathered)\n--\n\n"
+             "Writes gathered bytes [M, B]: row m is row order[m] of rows bytes [N, B]. order [M] int64.");
+
+static PyObject *gather_rows(PyObject *module, PyObject *const *objects, Py_ssize_t num_objects) {
+    static const table_rule rules[] = {
+        {"rows", 2, BYTE_ROWS, INPUT, NEEDED},
+        {"order", 1, INT64S, INPUT, NEEDED},
+        {"gathered", 2, BYTE_ROWS, OUTPUT, NEEDED},
+    };
+    (void)module;
+    tables held;
+    if (check_count(num_objects, 3) != 0 || hold_tables(&held, rules, 3, objects) != 0) return NULL;
+    PyObject *result = NULL;
+    const Py_ssize_t num_rows = held.views[0].shape[0], row_bytes = held.views[0].shape[1];
+    if (check_shape(&held, 2, held.views[1].shape[0], row_bytes) == 0) {
+        rows_fault fault = {0, 0};
+        rows_status status;
+        Py_BEGIN_ALLOW_THREADS
+        status = rows_gather((int64_t)row_bytes, as_input(&held.views[0]), held.views[1].buf,
+                             as_output(&held.views[2]), &fault);
+        Py_END_ALLOW_THREADS
+        result = rows_result(status, &fault, 0, num_rows);
+    }
+    release_tables(&held);
+    return result;
+}
+
 PyDoc_STRVAR(sum_rows_doc,
              "sum_rows(rows, dtype, tokens, weights, order, sums, simd)\n--\n\n"
              "Writes sums bytes [T, H * item]: of each token's rows [N, H * item], in order, each times its weight.\n\n"
@@ -958,14 +986,207 @@ static PyObject *simd_names(PyObject *module, PyObject *const *objects, Py_ssize
 
 /* ---- end of rows ------------------------------------------------------------------------------------------------ */
 
+/* ---- shared memory: parcels (exchange.c); the caller is comm/parcels.py ----------------------------------------- */
+
+/* Where parcels lie, but for the window: rank or number of ranks, first byte, bytes of a place. */
+static int take_parcels(exchange_parcels *parcels, Py_ssize_t num_ranks, PyObject *at, PyObject *place_bytes) {
+    int64_t begin, length;
+    if (take_size(at, "at", 0, &begin) != 0 || take_size(place_bytes, "place_bytes", 0, &length) != 0) return -1;
+    *parcels = (exchange_parcels){
+        .at = (size_t)begin, .place_bytes = (size_t)length, .num_ranks = (size_t)num_ranks};
+    return 0;
+}
+
+static int use_window(exchange_parcels *parcels, const Py_buffer *window) {
+    parcels->window = window->buf;
+    parcels->window_bytes = (size_t)window->len;
+    return exchange_parcels_fit(parcels) ? 0 : refuse("window", "must be aligned and have a place for every rank's parcels");
+}
+
+static PyObject *raise_parcel(exchange_status status, Py_ssize_t rank) {
+    if (status == EXCHANGE_BAD_ARGUMENT) {
+        return PyErr_Format(PyExc_ValueError, "the parcel for or of rank %zd has no number or is too long", rank);
+    }
+    return PyErr_Format(PyExc_ValueError, "the parcels of rank %zd are %s", rank,
+                        status == EXCHANGE_FULL ? "not taken in turn: it does not keep to the protocol"
+                                                : "corrupt: a number or length that no writer leaves there");
+}
+
+static int bounds_lie_inside(const int64_t *bounds, Py_ssize_t num_parts, Py_ssize_t length) {
+    for (Py_ssize_t part = 0; part < num_parts; part++) {
+        if (bounds[part] < 0 || bounds[part + 1] < bounds[part] || bounds[part + 1] > (int64_t)length) return 0;
+    }
+    return 1;
+}
+
+PyDoc_STRVAR(parcels_post_doc,
+             "parcels_post(windows, rank, at, place_bytes, numbers, notes, message, bounds)\n--\n\n"
+             "Puts message[bounds[r]:bounds[r + 1]] into rank `rank`'s place in windows[r], as parcel numbers[r].\n\n"
+             "For every r with numbers[r] > 0. windows: a tuple of R windows; numbers [R], notes [R, 5] and bounds\n"
+             "[R + 1] int64. Never waits.");
+
+static PyObject *parcels_post(PyObject *module, PyObject *const *objects, Py_ssize_t num_objects) {
+    static const table_rule rules[] = {
+        {"numbers", 1, INT64S, INPUT, NEEDED},
+        {"notes", 2, INT64S, INPUT, NEEDED},
+        {"bounds", 1, INT64S, INPUT, NEEDED},
+    };
+    (void)module;
+    if (check_count(num_objects, 8) != 0) return NULL;
+    if (!PyTuple_Check(objects[0])) return PyErr_Format(PyExc_ValueError, "windows: must be a tuple");
+    const Py_ssize_t num_ranks = PyTuple_GET_SIZE(objects[0]);
+    exchange_parcels parcels;
+    int64_t rank;
+    if (take_size(objects[1], "rank", 0, &rank) != 0 || take_parcels(&parcels, num_ranks, objects[2], objects[3]) != 0) {
+        return NULL;
+    }
+    tables held;
+    PyObject *const arrays[] = {objects[4], objects[5], objects[7]};
+    if (hold_tables(&held, rules, 3, arrays) != 0) return NULL;
+    Py_buffer message;
+    if (PyObject_GetBuffer(objects[6], &message, PyBUF_SIMPLE) != 0) {
+        const argument_rule rule = {.name = "message", .direction = INPUT};
+        refuse_exporter(&rule);
+        release_tables(&held);
+        return NULL;
+    }
+    const int64_t *numbers = held.views[0].buf, *notes = held.views[1].buf, *bounds = held.views[2].buf;
+    int refused = check_shape(&held, 0, num_ranks, 0) != 0 || check_shape(&held, 1, num_ranks, EXCHANGE_NOTE) != 0 ||
+                  check_shape(&held, 2, num_ranks + 1, 0) != 0;
+    if (!refused && !bounds_lie_inside(bounds, num_ranks, message.len)) {
+        refused = 1;
+        refuse("bounds", "must increase and lie inside message");
+    }
+    for (Py_ssize_t r = 0; r < num_ranks && !refused; r++) {
+        if (numbers[r] <= 0) continue;
+        Py_buffer window;
+        int64_t each[2];
+        memcpy(each, bounds + r, sizeof each); /* what is used is what is checked, whoever writes there meanwhile */
+        if (!bounds_lie_inside(each, 1, message.len)) {
+            refused = 1;
+            refuse("bounds", "must not change");
+        } else if (hold_window(&window, PyTuple_GET_ITEM(objects[0], r)) != 0) {
+            refused = 1;
+        } else {
+            refused = use_window(&parcels, &window) != 0;
+            if (!refused) {
+                const char *from = message.buf;
+                const exchange_status status =
+                    exchange_post(&parcels, (size_t)rank, (uint64_t)numbers[r], notes + r * EXCHANGE_NOTE,
+                                  from + each[0], (size_t)(each[1] - each[0]));
+                refused = status != EXCHANGE_OK;
+                if (refused) raise_parcel(status, r);
+            }
+            PyBuffer_Release(&window);
+        }
+    }
+    PyBuffer_Release(&message);
+    release_tables(&held);
+    return refused ? NULL : Py_NewRef(Py_None);
+}
+
+PyDoc_STRVAR(parcels_gather_doc,
+             "parcels_gather(window, at, place_bytes, numbers, lengths, notes, waited_ns, spin_ns, timeout_ns)\n--\n\n"
+             "Waits without the GIL until parcel numbers[r] of every rank r is there for which lengths[r] is negative.\n\n"
+             "Sets lengths[r] and notes[r] of those that have come, and adds to waited_ns[r] of all. Ranks with\n"
+             "numbers[r] <= 0 are left out. numbers, lengths and waited_ns [R], notes [R, 5] int64.\n"
+             "Returns 0 after timeout_ns, 1 if all came without a sleep, else 2.");
+
+static PyObject *parcels_gather(PyObject *module, PyObject *const *objects, Py_ssize_t num_objects) {
+    static const table_rule rules[] = {
+        {"numbers", 1, INT64S, INPUT, NEEDED},
+        {"lengths", 1, INT64S, OUTPUT, NEEDED},
+        {"notes", 2, INT64S, OUTPUT, NEEDED},
+        {"waited_ns", 1, INT64S, OUTPUT, NEEDED},
+    };
+    (void)module;
+    if (check_count(num_objects, 9) != 0) return NULL;
+    const long long spin_ns = PyLong_AsLongLong(objects[7]), timeout_ns = PyLong_AsLongLong(objects[8]);
+    if (PyErr_Occurred()) return NULL;
+    tables held;
+    if (hold_tables(&held, rules, 4, objects + 3) != 0) return NULL;
+    const Py_ssize_t num_ranks = held.views[0].shape[0];
+    exchange_parcels parcels;
+    PyObject *result = NULL;
+    Py_buffer window;
+    if (check_shape(&held, 1, num_ranks, 0) == 0 && check_shape(&held, 2, num_ranks, EXCHANGE_NOTE) == 0 &&
+        check_shape(&held, 3, num_ranks, 0) == 0 && take_parcels(&parcels, num_ranks, objects[1], objects[2]) == 0 && hold_window(&window, objects[0]) == 0) {
+        if (use_window(&parcels, &window) == 0) {
+            exchange_status status;
+            Py_BEGIN_ALLOW_THREADS
+            status = exchange_gather(&parcels, held.views[0].buf, held.views[1].buf, held.views[2].buf,
+                                     held.views[3].buf, spin_ns, timeout_ns);
+            Py_END_ALLOW_THREADS
+            if (status == EXCHANGE_CORRUPT) {
+                PyErr_SetString(PyExc_ValueError, "parcels: a number or length that no writer leaves there");
+            } else if (PyErr_CheckSignals() == 0) {
+                result = PyLong_FromLong(status == EXCHANGE_OK ? 1 : status == EXCHANGE_SLEPT ? 2 : 0);
+            }
+        }
+        PyBuffer_Release(&window);
+    }
+    release_tables(&held);
+    return result;
+}
+
+PyDoc_STRVAR(parcels_fetch_doc,
+             "parcels_fetch(window, at, place_bytes, numbers, bounds, message)\n--\n\n"
+             "Copies parcel numbers[r] of every rank r with numbers[r] > 0 to message[bounds[r, 0]:bounds[r, 1]].\n\n"
+             "Their places are free from then on. numbers [R] and bounds [R, 2] int64, message bytes.");
+
+static PyObject *parcels_fetch(PyObject *module, PyObject *const *objects, Py_ssize_t num_objects) {
+    static const table_rule rules[] = {
+        {"numbers", 1, INT64S, INPUT, NEEDED},
+        {"bounds", 2, INT64S, INPUT, NEEDED},
+    };
+    (void)module;
+    if (check_count(num_objects, 6) != 0) return NULL;
+    tables held;
+    if (hold_tables(&held, rules, 2, objects + 3) != 0) return NULL;
+    const Py_ssize_t num_ranks = held.views[0].shape[0];
+    const int64_t *numbers = held.views[0].buf, *bounds = held.views[1].buf;
+    exchange_parcels parcels;
+    Py_buffer window, message;
+    if (check_shape(&held, 1, num_ranks, 2) != 0 || take_parcels(&parcels, num_ranks, objects[1], objects[2]) != 0 ||
+        hold_window(&window, objects[0]) != 0) {
+        release_tables(&held);
+        return NULL;
+    }
+    int refused = use_window(&parcels, &window) != 0;
+    if (!refused && PyObject_GetBuffer(objects[5], &message, PyBUF_WRITABLE) != 0) {
+        const argument_rule rule = {.name = "message", .direction = OUTPUT};
+        refuse_exporter(&rule);
+        refused = 1;
+    } else if (!refused) {
+        for (Py_ssize_t r = 0; r < num_ranks && !refused; r++) {
+            if (numbers[r] <= 0) continue;
+            int64_t each[2];
+            memcpy(each, bounds + 2 * r, sizeof each);
+            if (!bounds_lie_inside(each, 1, message.len)) {
+                refused = 1;
+                refuse("bounds", "must increase and lie inside message");
+                break;
+            }
+            const exchange_status status = exchange_fetch(&parcels, (size_t)r, (uint64_t)numbers[r],
+                                                          (char *)message.buf + each[0], (size_t)(each[1] - each[0]));
+            refused = status != EXCHANGE_OK;
+            if (refused) raise_parcel(status, r);
+        }
+        PyBuffer_Release(&message);
+    }
+    PyBuffer_Release(&window);
+    release_tables(&held);
+    return refused ? NULL : Py_NewRef(Py_None);
+}
+
 #define METHOD(function) {#function, (PyCFunction)(void (*)(void))function, METH_FASTCALL, function##_doc}
 
 static PyMethodDef methods[] = {
     METHOD(dispatch_count), METHOD(dispatch_fill), METHOD(expand_count), METHOD(expand_fill),
-    METHOD(pack_rows), METHOD(unpack_rows), METHOD(sum_rows), METHOD(quantize_rows), METHOD(dequantize_rows),
+    METHOD(pack_rows), METHOD(unpack_rows), METHOD(gather_rows), METHOD(sum_rows), METHOD(quantize_rows), METHOD(dequantize_rows),
     METHOD(simd_name), METHOD(simd_names),
     METHOD(exchange_control_bytes), METHOD(exchange_send), METHOD(exchange_receive), METHOD(exchange_look),
-    METHOD(exchange_await), {NULL, NULL, 0, NULL},
+    METHOD(exchange_await), METHOD(parcels_post), METHOD(parcels_gather), METHOD(parcels_fetch), {NULL, NULL, 0, NULL},
 };
 
 static PyModuleDef_Slot module_slots[] = {

@@ -1,4 +1,4 @@
-/* Frames between the ranks of one host; exchange.h says what they promise. */
+/* Frames and parcels between the ranks of one host; exchange.h says what they promise. */
 
 #define _GNU_SOURCE /* syscall */
 
@@ -17,6 +17,7 @@
 _Static_assert(ATOMIC_LLONG_LOCK_FREE == 2 && ATOMIC_INT_LOCK_FREE == 2, "a lock would not be shared by processes");
 _Static_assert(sizeof(exchange_bell) == EXCHANGE_LINE, "ranks must agree on where things are");
 _Static_assert(sizeof(exchange_slot) == 320 && offsetof(exchange_slot, bytes) == 16, "as above");
+_Static_assert(sizeof(exchange_parcel) == EXCHANGE_LINE, "as above");
 _Static_assert(sizeof(exchange_ring) == EXCHANGE_LINE + EXCHANGE_SLOTS * sizeof(exchange_slot), "as above");
 
 size_t exchange_bytes(size_t num_ranks) { return sizeof(exchange_bell) + num_ranks * sizeof(exchange_ring); }
@@ -71,6 +72,12 @@ static inline void pause_briefly(void) {
 #endif
 }
 
+/* Either the sleeper sees this before it sleeps, or it is seen here: both are sequentially consistent. */
+static void ring_bell(exchange_bell *bell) {
+    atomic_fetch_add_explicit(&bell->rung, 1, memory_order_seq_cst);
+    if (atomic_load_explicit(&bell->sleepers, memory_order_seq_cst) != 0) wake(&bell->rung);
+}
+
 /* ---- frames ---- */
 
 exchange_status exchange_publish(exchange_ring *ring, exchange_bell *bell, uint64_t number, const void *frame,
@@ -84,9 +91,7 @@ exchange_status exchange_publish(exchange_ring *ring, exchange_bell *bell, uint6
     if (length > 0) memcpy(slot->bytes, frame, length);
     atomic_store_explicit(&slot->length, (uint32_t)length, memory_order_relaxed);
     atomic_store_explicit(&slot->number, number, memory_order_release);
-    /* Either the sleeper sees this ring before it sleeps, or it is seen here: both are sequentially consistent. */
-    atomic_fetch_add_explicit(&bell->rung, 1, memory_order_seq_cst);
-    if (atomic_load_explicit(&bell->sleepers, memory_order_seq_cst) != 0) wake(&bell->rung);
+    ring_bell(bell);
     return EXCHANGE_OK;
 }
 
@@ -127,4 +132,97 @@ exchange_status exchange_wait(exchange_bell *bell, uint32_t seen, int64_t spin_n
         if (exchange_rung(bell) != seen || now_ns() - began < timeout_ns) return EXCHANGE_SLEPT;
     }
     return exchange_rung(bell) != seen ? EXCHANGE_SLEPT : EXCHANGE_TIMEOUT;
+}
+
+/* ---- parcels ---- */
+
+int exchange_parcels_fit(const exchange_parcels *parcels) {
+    const size_t places = parcels->num_ranks * EXCHANGE_PLACES, least = sizeof(exchange_parcel);
+    return is_aligned(parcels->window) && parcels->at >= sizeof(exchange_bell) && parcels->at % EXCHANGE_LINE == 0 &&
+           parcels->place_bytes >= least && parcels->place_bytes % EXCHANGE_LINE == 0 &&
+           parcels->num_ranks <= UINT32_MAX && parcels->at <= parcels->window_bytes &&
+           places <= (parcels->window_bytes - parcels->at) / parcels->place_bytes;
+}
+
+static exchange_parcel *place_of(const exchange_parcels *parcels, size_t source, uint64_t number) {
+    const size_t place = source * EXCHANGE_PLACES + (size_t)((number - 1) % EXCHANGE_PLACES);
+    return (exchange_parcel *)((unsigned char *)parcels->window + parcels->at + place * parcels->place_bytes);
+}
+
+static uint64_t number_before(uint64_t number) { return number > EXCHANGE_PLACES ? number - EXCHANGE_PLACES : 0; }
+
+exchange_status exchange_post(const exchange_parcels *to, size_t source, uint64_t number, const int64_t *note,
+                              const void *message, size_t length) {
+    if (number == 0 || source >= to->num_ranks || length > to->place_bytes - sizeof(exchange_parcel)) {
+        return EXCHANGE_BAD_ARGUMENT;
+    }
+    exchange_parcel *parcel = place_of(to, source, number);
+    const uint64_t taken = atomic_load_explicit(&parcel->taken, memory_order_acquire);
+    if (taken != number_before(number)) return taken < number ? EXCHANGE_FULL : EXCHANGE_CORRUPT;
+
+    if (length > 0) memmove(parcel + 1, message, length); /* whoever passes the window itself gets what he asked for */
+    memcpy(parcel->note, note, sizeof parcel->note);
+    atomic_store_explicit(&parcel->length, length, memory_order_relaxed);
+    atomic_store_explicit(&parcel->number, number, memory_order_release);
+    ring_bell(to->window);
+    return EXCHANGE_OK;
+}
+
+/* How many parcels have still to come; EXCHANGE_CORRUPT through *status where a place cannot be as it is. */
+static size_t look_for(const exchange_parcels *parcels, const int64_t *numbers, int64_t *lengths, int64_t *notes,
+                       int64_t *waited_ns, int64_t waited, exchange_status *status) {
+    size_t missing = 0;
+    for (size_t source = 0; source < parcels->num_ranks; source++) {
+        if (numbers[source] <= 0 || lengths[source] >= 0) continue;
+        const uint64_t number = (uint64_t)numbers[source];
+        exchange_parcel *parcel = place_of(parcels, source, number);
+        const uint64_t there = atomic_load_explicit(&parcel->number, memory_order_acquire);
+        if (there != number) {
+            if (there != number_before(number)) *status = EXCHANGE_CORRUPT;
+            missing++;
+            continue;
+        }
+        const uint64_t length = atomic_load_explicit(&parcel->length, memory_order_relaxed);
+        if (length > parcels->place_bytes - sizeof(exchange_parcel)) {
+            *status = EXCHANGE_CORRUPT;
+            missing++;
+            continue;
+        }
+        memcpy(notes + source * EXCHANGE_NOTE, parcel->note, sizeof parcel->note);
+        lengths[source] = (int64_t)length;
+        waited_ns[source] += waited;
+    }
+    return missing;
+}
+
+exchange_status exchange_gather(const exchange_parcels *parcels, const int64_t *numbers, int64_t *lengths,
+                                int64_t *notes, int64_t *waited_ns, int64_t spin_ns, int64_t timeout_ns) {
+    exchange_bell *bell = parcels->window;
+    exchange_status status = EXCHANGE_OK, how = EXCHANGE_OK;
+    const int64_t began = now_ns();
+    for (int64_t waited = 0;; waited = now_ns() - began) {
+        const uint32_t seen = exchange_rung(bell);
+        const size_t missing = look_for(parcels, numbers, lengths, notes, waited_ns, waited, &status);
+        if (status != EXCHANGE_OK) return status;
+        if (missing == 0) return how;
+        if (waited >= timeout_ns) {
+            for (size_t source = 0; source < parcels->num_ranks; source++) {
+                if (numbers[source] > 0 && lengths[source] < 0) waited_ns[source] += waited;
+            }
+            return EXCHANGE_TIMEOUT;
+        }
+        if (exchange_wait(bell, seen, spin_ns, timeout_ns - waited) == EXCHANGE_SLEPT) how = EXCHANGE_SLEPT;
+    }
+}
+
+exchange_status exchange_fetch(const exchange_parcels *parcels, size_t source, uint64_t number, void *message,
+                               size_t length) {
+    if (number == 0 || source >= parcels->num_ranks || length > parcels->place_bytes - sizeof(exchange_parcel)) {
+        return EXCHANGE_BAD_ARGUMENT;
+    }
+    exchange_parcel *parcel = place_of(parcels, source, number);
+    if (atomic_load_explicit(&parcel->number, memory_order_acquire) != number) return EXCHANGE_CORRUPT;
+    if (length > 0) memmove(message, parcel + 1, length);
+    atomic_store_explicit(&parcel->taken, number, memory_order_release);
+    return EXCHANGE_OK;
 }

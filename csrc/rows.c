@@ -7,6 +7,10 @@
 #include <stddef.h>
 #include <string.h>
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 enum { CHUNK = 1024 }; /* values that are worked on at a time: float32 of them stay in the first cache */
 
 const rows_rule rows_wire_rule = {.least_largest = 0, .least_scale = FLT_MIN, .hides_nan = 1};
@@ -128,9 +132,48 @@ static void dequantize_row(const simd_loops *loops, rows_dtype wire, const char 
     }
 }
 
+/* ---------------------------------------------------------------- large results */
+
+/* From here on results are written past the caches: nothing would be left of their beginning when they are read, and a
+ * line that is written whole need not be read first, which is a third of a copy's traffic. */
+static const int64_t past_caches_bytes = (int64_t)8 << 20;
+
+#ifdef __SSE2__
+static void copy_past_caches(char *restrict to, const char *restrict from, int64_t bytes) {
+    int64_t i = -(intptr_t)to & 15;
+    if (i > bytes) i = bytes;
+    memcpy(to, from, (size_t)i);
+    for (; i + 64 <= bytes; i += 64) {
+        const __m128i a = _mm_loadu_si128((const __m128i *)(const void *)(from + i));
+        const __m128i b = _mm_loadu_si128((const __m128i *)(const void *)(from + i + 16));
+        const __m128i c = _mm_loadu_si128((const __m128i *)(const void *)(from + i + 32));
+        const __m128i d = _mm_loadu_si128((const __m128i *)(const void *)(from + i + 48));
+        _mm_stream_si128((__m128i *)(void *)(to + i), a);
+        _mm_stream_si128((__m128i *)(void *)(to + i + 16), b);
+        _mm_stream_si128((__m128i *)(void *)(to + i + 32), c);
+        _mm_stream_si128((__m128i *)(void *)(to + i + 48), d);
+    }
+    memcpy(to + i, from + i, (size_t)(bytes - i));
+}
+
+/* Such writes are not ordered by the release that publishes them to other ranks. */
+static void end_past_caches(void) { _mm_sfence(); }
+#else
+static void copy_past_caches(char *restrict to, const char *restrict from, int64_t bytes) {
+    memcpy(to, from, (size_t)bytes);
+}
+
+static void end_past_caches(void) {}
+#endif
+
 /* ---------------------------------------------------------------- packed rows */
 
-static void pack_hidden(const simd_loops *loops, const rows_layout *layout, const char *source, char *row) {
+static void pack_hidden(const simd_loops *loops, const rows_layout *layout, const char *source, char *row,
+                        int past_caches) {
+    if (past_caches && layout->dtype == layout->wire) {
+        copy_past_caches(row, source, layout->hidden_size * item_bytes[layout->wire]);
+        return;
+    }
     if (!is_scaled(layout->wire)) {
         convert(loops, layout->dtype, source, layout->wire, row, layout->hidden_size);
         return;
@@ -148,6 +191,7 @@ rows_status rows_pack(const simd_loops *loops, const rows_layout *layout, rows_i
                       const int64_t *tokens, const int32_t *slots, rows_output packed, rows_fault *fault) {
     const rows_layout l = *layout;
     if (rows_check_layout(&l) != ROWS_OK) return ROWS_BAD_ARGUMENT;
+    const int past_caches = packed.count >= past_caches_bytes / (l.row_bytes > 0 ? l.row_bytes : 1);
     for (int64_t n = 0; n < packed.count; n++) {
         const int64_t token = tokens[n];
         if (token < 0 || token >= x.count) {
@@ -155,7 +199,7 @@ rows_status rows_pack(const simd_loops *loops, const rows_layout *layout, rows_i
             return ROWS_BAD_TOKEN;
         }
         char *row = out_row(packed, n);
-        pack_hidden(loops, &l, row_of(x, token), row);
+        pack_hidden(loops, &l, row_of(x, token), row, past_caches);
         int32_t *slots_out = (int32_t *)(void *)(row + l.slots_at);
         for (int64_t k = 0; k < l.top_k; k++) {
             const int32_t slot = slots[n * l.top_k + k];
@@ -169,6 +213,7 @@ rows_status rows_pack(const simd_loops *loops, const rows_layout *layout, rows_i
             }
         }
     }
+    if (past_caches) end_past_caches();
     return ROWS_OK;
 }
 
@@ -191,6 +236,28 @@ rows_status rows_unpack(const simd_loops *loops, const rows_layout *layout, rows
         memcpy((char *)weights + (size_t)n * weight_bytes, row + l.weights_at, weight_bytes);
         memcpy((char *)slots + (size_t)n * slot_bytes, row + l.slots_at, slot_bytes);
     }
+    return ROWS_OK;
+}
+
+/* ---------------------------------------------------------------- gathered rows */
+
+rows_status rows_gather(int64_t row_bytes, rows_input rows, const int64_t *index, rows_output gathered,
+                        rows_fault *fault) {
+    if (row_bytes <= 0) return row_bytes < 0 ? ROWS_BAD_ARGUMENT : ROWS_OK;
+    const int past_caches = gathered.count >= past_caches_bytes / row_bytes;
+    for (int64_t n = 0; n < gathered.count; n++) {
+        const int64_t row = index[n];
+        if (row < 0 || row >= rows.count) {
+            *fault = (rows_fault){.row = n, .value = row};
+            return ROWS_BAD_ORDER;
+        }
+        if (past_caches) {
+            copy_past_caches(out_row(gathered, n), row_of(rows, row), row_bytes);
+        } else {
+            memcpy(out_row(gathered, n), row_of(rows, row), (size_t)row_bytes);
+        }
+    }
+    if (past_caches) end_past_caches();
     return ROWS_OK;
 }
 
@@ -227,7 +294,10 @@ rows_status rows_sum(const simd_loops *loops, rows_dtype dtype, int64_t hidden_s
     if (status != ROWS_OK) return status;
 
     float chunk[CHUNK];
+    uint16_t narrowed[CHUNK];
     const int in_place = dtype == ROWS_FLOAT32 || dtype == ROWS_FLOAT64; /* the sums are what is asked for */
+    const int64_t sum_bytes = hidden_size * item_bytes[dtype];
+    const int past_caches = !in_place && sum_bytes > 0 && sums.count >= past_caches_bytes / sum_bytes;
     for (int64_t token = 0; token < sums.count; token++) {
         for (int64_t begin = 0; begin < hidden_size; begin += CHUNK) {
             const int64_t part = smaller(CHUNK, hidden_size - begin), offset = begin * item_bytes[dtype];
@@ -248,9 +318,15 @@ rows_status rows_sum(const simd_loops *loops, rows_dtype dtype, int64_t hidden_s
                     loops->add_weighted[dtype](wide, values, part, weight);
                 }
             }
-            if (!in_place) loops->narrow[dtype](chunk, target, part);
+            if (past_caches) {
+                loops->narrow[dtype](chunk, narrowed, part);
+                copy_past_caches(target, (const char *)narrowed, part * (int64_t)sizeof *narrowed);
+            } else if (!in_place) {
+                loops->narrow[dtype](chunk, target, part);
+            }
         }
     }
+    if (past_caches) end_past_caches();
     return ROWS_OK;
 }
 

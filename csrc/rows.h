@@ -80,6 +80,10 @@ rows_status rows_pack(const simd_loops *loops, const rows_layout *layout, rows_i
 rows_status rows_unpack(const simd_loops *loops, const rows_layout *layout, rows_input packed, rows_output hidden,
                         void *weights, int32_t *slots);
 
+/* gathered [N]: row n is row `index[n]` of `rows`; both are row_bytes long. fault: row n and the row it names. */
+rows_status rows_gather(int64_t row_bytes, rows_input rows, const int64_t *index, rows_output gathered,
+                        rows_fault *fault);
+
 /* sums [T]: the sum of each token's rows, in float32 (float64 for float64), converted once to `dtype`; 0 without rows.
  * tokens [N]. order [num_added], or NULL for 0..N-1: the rows to add, in this order. weights [N] or NULL: factors in
  * the dtype of the sums. scratch [T + num_added]. */

@@ -27,6 +27,7 @@ from .core import environment, native
 from .core.cluster import Cluster, load_cluster
 from .core.config import RuntimeConfig
 from .core.errors import CheckpointError, ConfigError, VendorUnavailable
+from .core.memory import pool
 from .core.placement import Placement
 from .experts.placement import proportional
 from .experts.routing import ReplicaChooser
@@ -312,7 +313,7 @@ class Runtime:
                 f"view {self.view.number}: slots per rank {counts} for {self.view.placement.num_experts} experts"
             )
         lines.append(f"place: {self.place.kind}, device {self.device}")
-        lines += self.transport.describe()
+        lines += [*self.transport.describe(), pool.describe()]
         if self.device.type != "cpu":
             lines.append(staging.describe(self.device))
         if self.device.type == "cuda":

@@ -480,19 +480,15 @@ def test_ranks_that_use_different_forms_are_told_so():
 DEADLINE_S = 3.0
 
 
-def step_with_death(phase: str, dying: int) -> tuple[str, str, float]:
+def step_with_death(transport: str, phase: str, dying: int) -> tuple[str, str, float]:
     """A whole forward and backward in which one rank's process ends when it comes to `phase`."""
     case = Case(tokens=(6,), hidden=64)
-    with moe_runtime.init({"timeout_s": DEADLINE_S}) as runtime:
+    with moe_runtime.init({"timeout_s": DEADLINE_S, "transport": transport}) as runtime:
         if runtime.rank == dying:
-            exchange = runtime.transport.start_all_to_all_v  # all_to_all_v goes through it as well
-
-            def dies(send, send_counts, recv_counts, name):
-                if name == phase:
-                    os._exit(17)
-                return exchange(send, send_counts, recv_counts, name)
-
-            runtime.transport.start_all_to_all_v = dies
+            # all_to_all_v goes through the first as well
+            for name in ("start_all_to_all_v", "start_rows", "start_counted_rows"):
+                if hasattr(runtime.transport, name):
+                    setattr(runtime.transport, name, dies_in(phase, getattr(runtime.transport, name)))
         placement = case.placement(runtime.size)
         dispatcher = runtime.dispatcher(case.hidden, case.experts, case.top_k, case.dtype, placement)
         x, ids, weights = case.tokens_of(runtime.rank)
@@ -506,13 +502,26 @@ def step_with_death(phase: str, dying: int) -> tuple[str, str, float]:
         return type(caught.value).__name__, caught.value.phase, waited
 
 
+def dies_in(phase: str, exchange):
+    """`exchange`, in which a process ends that calls it for `phase`, the last argument."""
+
+    def dies(*arguments):
+        if arguments[-1] == phase:
+            os._exit(17)
+        return exchange(*arguments)
+
+    return dies
+
+
 PHASES = ["dispatch (counts)", "dispatch", "combine", "backward of combine", "backward of dispatch"]
+# In shared memory counts come with the rows.
+DEATHS = [("gloo", phase) for phase in PHASES] + [("shm", phase) for phase in PHASES[1:]]
 
 
 @pytest.mark.parametrize("size, dying", [(2, 1), (3, 0)])
-@pytest.mark.parametrize("phase", PHASES)
-def test_a_rank_that_dies_ends_the_others_within_the_deadline(phase, size, dying):
-    results = run_ranks(step_with_death, size, phase, dying, expect_dead=(dying,))
+@pytest.mark.parametrize("transport, phase", DEATHS)
+def test_a_rank_that_dies_ends_the_others_within_the_deadline(transport, phase, size, dying):
+    results = run_ranks(step_with_death, size, transport, phase, dying, expect_dead=(dying,))
     assert results[dying] is None
     for result in (r for rank, r in enumerate(results) if rank != dying):
         kind, seen_in, waited = result
@@ -537,8 +546,8 @@ def test_the_lost_rank_is_named():
     assert run_ranks(name_the_lost_rank, 2, expect_dead=(1,))[0] == 1
 
 
-def one_rank_never_calls(silent: int) -> tuple[str, float] | None:
-    with moe_runtime.init({"timeout_s": 1.5}) as runtime:
+def one_rank_never_calls(transport: str, silent: int) -> tuple[str, float] | None:
+    with moe_runtime.init({"timeout_s": 1.5, "transport": transport}) as runtime:
         dispatcher = runtime.dispatcher(16, 10, 4)
         if runtime.rank == silent:
             time.sleep(5)
@@ -547,13 +556,14 @@ def one_rank_never_calls(silent: int) -> tuple[str, float] | None:
         with pytest.raises(PeerTimeout) as caught:
             dispatcher.dispatch(*Case().tokens_of(runtime.rank))
         assert caught.value.waiting_rank == runtime.rank and silent in caught.value.ranks
-        assert caught.value.phase == "dispatch (counts)" and "1.5 s" in str(caught.value)
+        assert caught.value.phase.startswith("dispatch") and "1.5 s" in str(caught.value)
         return str(caught.value), time.monotonic() - began
 
 
-def test_a_rank_that_never_calls_is_waited_for_until_the_deadline():
-    said, waited = run_ranks(one_rank_never_calls, 2, 1)[0]
-    assert "rank 0, phase dispatch (counts)" in said and "[1]" in said
+@pytest.mark.parametrize("transport", ["gloo", "shm"])
+def test_a_rank_that_never_calls_is_waited_for_until_the_deadline(transport):
+    said, waited = run_ranks(one_rank_never_calls, 2, transport, 1)[0]
+    assert "rank 0, phase dispatch" in said and "[1]" in said
     assert 1.0 < waited < 4.0
 
 
@@ -647,7 +657,7 @@ def threads_after_close() -> tuple[int, int]:
     import gc
     import os
 
-    with moe_runtime.init({"timeout_s": 20}) as runtime:
+    with moe_runtime.init({"timeout_s": 20, "transport": "gloo"}) as runtime:
         runtime.transport.barrier("test")
         during = len(os.listdir("/proc/self/task"))
     gc.collect()
@@ -660,16 +670,20 @@ def test_close_ends_the_transports_threads():
         assert after < during
 
 
-def dispatches_again(expand: bool) -> int:
-    with moe_runtime.init({"timeout_s": 20}) as runtime:
+def dispatches_again(transport: str, expand: bool) -> int:
+    with moe_runtime.init({"timeout_s": 20, "transport": transport}) as runtime:
         calls = []
-        exchange = runtime.transport.start_all_to_all_v  # all_to_all_v goes through it as well
 
-        def counting(send, send_counts, recv_counts, phase):
-            calls.append(phase)
-            return exchange(send, send_counts, recv_counts, phase)
+        def counting(name: str, exchange):
+            def counted(*arguments):
+                calls.append((name, arguments[-1]))
+                return exchange(*arguments)
 
-        runtime.transport.start_all_to_all_v = counting
+            return counted
+
+        for name in ("start_all_to_all_v", "start_rows", "start_counted_rows"):  # all_to_all_v goes through the first
+            if hasattr(runtime.transport, name):
+                setattr(runtime.transport, name, counting(name, getattr(runtime.transport, name)))
         dispatcher = runtime.dispatcher(hidden_size=8, num_experts=6, top_k=2)
         generator = torch.Generator().manual_seed(runtime.rank)
         ids, weights = torch.randint(0, 6, (5, 2), generator=generator), torch.rand(5, 2, generator=generator)
@@ -679,7 +693,7 @@ def dispatches_again(expand: bool) -> int:
         fresh_rows, fresh = dispatcher.dispatch(other, ids, weights * 2, expand=expand)
         calls.clear()
         rows, again = dispatcher.dispatch(other, ids, weights * 2, expand=expand, handle=handle)
-        assert calls == ["dispatch"]
+        assert calls == [("start_rows" if transport == "shm" else "start_all_to_all_v", "dispatch")]
         assert torch.equal(rows, fresh_rows) and torch.equal(again.topk_weights, fresh.topk_weights)
         assert torch.equal(dispatcher.combine(rows, again), dispatcher.combine(fresh_rows, fresh))
         with pytest.raises(ConfigError, match="another routing"):
@@ -687,6 +701,7 @@ def dispatches_again(expand: bool) -> int:
         return len(calls)
 
 
+@pytest.mark.parametrize("transport", ["gloo", "shm"])
 @pytest.mark.parametrize("expand", [True, False])
-def test_a_cached_handle_skips_the_counts_exchange(expand):
-    run_ranks(dispatches_again, 3, expand)
+def test_a_cached_handle_skips_the_counts_exchange(transport, expand):
+    run_ranks(dispatches_again, 3, transport, expand)

@@ -32,16 +32,19 @@ from moe_runtime.comm.shm import SharedMemoryTransport
 from moe_runtime.core import native
 from moe_runtime.errors import ConfigError, MoeRuntimeError
 
-TWINS = ["memory", "sockets"]  # where frames travel
+TWINS = ["memory", "frames", "sockets"]  # parcels and frames in shared memory; frames only; frames over sockets
 SMALL_WINDOW_BYTES = 256 << 10
 DEADLINE_S = 20.0
 FAULT_DEADLINE_S = 1.0
 FAULTY = 1
 
 
+needs_c = pytest.mark.skipif(native.extension is None, reason=f"parcels need the C extension: {native.describe()}")
+
+
 @pytest.fixture(params=TWINS)
 def twin(request) -> str:
-    if request.param == "memory" and native.extension is None:
+    if request.param != "sockets" and native.extension is None:
         pytest.skip(native.describe())
     return request.param
 
@@ -53,10 +56,13 @@ def rank_main(body: Callable, folder: str, twin: str, deadline_s: float, window_
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if twin == "sockets" or (twin == "mixed" and rank == FAULTY):
         native.extension = None
+    if twin == "frames":
+        window._LARGEST_PLACE = 0
     more = {} if window_bytes is None else {"window_bytes": window_bytes}
     transport = SharedMemoryTransport(dist.FileStore(f"{folder}/store", size), rank, size, deadline_s, **more)
     try:
-        assert (transport.name == "shm") == (twin == "memory")
+        assert (transport.name == "shm") == (twin in ("memory", "frames"))
+        assert transport.takes_counted_rows == (twin == "memory")
         return body(transport, *arguments)
     finally:
         transport.close()
@@ -97,6 +103,8 @@ class Pair:
 def plain_or_not(twin, monkeypatch) -> str:
     if twin == "sockets":
         monkeypatch.setattr(native, "extension", None)
+    if twin == "frames":
+        monkeypatch.setattr(window, "_LARGEST_PLACE", 0)
     return twin
 
 
@@ -125,17 +133,18 @@ def begin_rows(transport, counts: np.ndarray, row_bytes: int, step: int, seen: l
 
     def fill(begin: int, end: int, out: torch.Tensor) -> None:
         assert out.dtype == torch.uint8 and out.shape == (end - begin, row_bytes) and out.is_contiguous()
-        assert end > begin and destination[begin][0] == destination[end - 1][0]
+        assert end > begin and (transport.takes_counted_rows or destination[begin][0] == destination[end - 1][0])
         filled[begin:end] += 1
         for row, (to, number) in zip(out, destination[begin:end], strict=True):
             row.copy_(row_of(rank, to, number, row_bytes, step))
         if seen is not None:
             seen.append((destination[begin][0], begin, end, out.data_ptr()))
 
-    finish = transport.start_rows(row_bytes, counts[rank].tolist(), counts[:, rank].tolist(), fill, "rows")
+    sizes = [row_bytes] * transport.size
+    finish = transport.start_rows(sizes, counts[rank].tolist(), counts[:, rank].tolist(), fill, "rows")
 
     def check() -> torch.Tensor:
-        rows = finish()
+        rows = finish().view(-1, row_bytes)
         assert (filled == 1).all()
         assert rows.dtype == torch.uint8 and torch.equal(rows, expected_rows(counts, rank, row_bytes, step)), step
         with pytest.raises(RuntimeError, match="rows"):
@@ -162,9 +171,9 @@ def in_own_window(transport, tensor: torch.Tensor) -> bool:
 
 
 def rows_lie_where_they_were_written(transport) -> None:
-    size, rank, row_bytes = transport.size, transport.rank, 48
+    size, rank, row_bytes = transport.size, transport.rank, 4096  # 100 rows are too many for a parcel
     theirs = {peer: lane._theirs for peer, lane in transport._lanes.items()} | {rank: own_window(transport)}
-    for step, counts in enumerate((all_pairs(size, 3), all_pairs(size, 200), np.diag([5] * size))):
+    for step, counts in enumerate((all_pairs(size, 100), all_pairs(size, 200), np.diag([100] * size))):
         seen: list = []
         rows = begin_rows(transport, counts, row_bytes, step, seen)()
         assert in_own_window(transport, rows) and rows.data_ptr() % 64 == 0
@@ -237,14 +246,45 @@ def test_what_the_window_cannot_hold_goes_through_it_in_rounds(twin, size):
 
 def one_window_is_full(transport) -> None:
     """Of two messages of an exchange one has a place and the other has none."""
-    held = begin_rows(transport, np.array([[0, 0], [10, 0]]), 16384, 0)()  # rank 0 keeps 160 KiB
+    held = begin_rows(transport, np.array([[0, 0], [9, 0]]), 16384, 0)()  # rank 0 keeps 144 KiB
     rows = begin_rows(transport, all_pairs(2, 4), 16384, 1)()
     assert in_own_window(transport, rows) == (transport.rank == 1)
-    assert torch.equal(held, expected_rows(np.array([[0, 0], [10, 0]]), transport.rank, 16384, 0))
+    assert torch.equal(held, expected_rows(np.array([[0, 0], [9, 0]]), transport.rank, 16384, 0))
 
 
 def test_each_rank_decides_for_its_own_window(twin):
     run_shm(one_window_is_full, 2, twin, window_bytes=SMALL_WINDOW_BYTES)
+
+
+def rows_of_several_sizes(transport) -> None:
+    """Rows between two ranks are as long as these two have agreed on."""
+    random, size, rank = np.random.default_rng(3), transport.size, transport.rank
+    sizes = [16 * (1 + (rank + other) % 3 * 40) for other in range(size)]
+    for step in range(40):
+        counts = random.choice([0, 1, 2, 5, 60], (size, size), p=[0.2, 0.3, 0.2, 0.2, 0.1])
+        destination = [(to, number) for to in range(size) for number in range(counts[rank, to])]
+
+        def fill(begin: int, end: int, out: torch.Tensor, destination=destination, step=step) -> None:
+            for row, (to, number) in zip(out, destination[begin:end], strict=True):
+                row.copy_(row_of(rank, to, number, sizes[to], step))
+
+        mine, theirs = counts[rank].tolist(), counts[:, rank].tolist()
+        if step % 2 and transport.takes_counted_rows:
+            received, _, flat = transport.start_counted_rows(sizes, mine, (0, 0), fill, "rows")()
+            assert received == theirs
+        else:
+            flat = transport.start_rows(sizes, mine, theirs, fill, "rows")()
+        expected = [
+            row_of(source, rank, number, sizes[source], step)
+            for source in range(size)
+            for number in range(counts[source, rank])
+        ]
+        assert torch.equal(flat, torch.cat([*expected, torch.empty(0, dtype=torch.uint8)]))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_rows_are_as_long_as_each_two_ranks_have_agreed_on(twin, size):
+    run_shm(rows_of_several_sizes, size, twin, window_bytes=SMALL_WINDOW_BYTES)
 
 
 # ---------------------------------------------------------------- how long results stay
@@ -278,15 +318,15 @@ def test_results_stay_as_they_are_while_the_caller_has_them(twin, size):
 
 def thousands(transport, steps: int) -> None:
     """A few results are kept, each for a while, and the functions that finished them forever."""
-    counts, kept, functions = all_pairs(transport.size, 4), {}, []
-    source = torch.zeros(4 * transport.size, 1024, dtype=torch.uint8)
+    counts, kept, functions = all_pairs(transport.size, 9), {}, []  # 4 rows would fit in a parcel
+    source = torch.zeros(9 * transport.size, 1024, dtype=torch.uint8)
 
     def fill(begin: int, end: int, out: torch.Tensor) -> None:
         out.copy_(source[begin:end])
 
     for step in range(steps):
         source.fill_(step % 251)
-        finish = transport.start_rows(1024, counts[0].tolist(), counts[0].tolist(), fill, "rows")
+        finish = transport.start_rows([1024] * 2, counts[0].tolist(), counts[0].tolist(), fill, "rows")
         rows = finish()
         functions.append(finish)
         kept[step % 5] = (step, rows)
@@ -392,7 +432,7 @@ def rows_outcome(transport, count: int = 3, row_bytes: int = 1040, fill: Callabl
         out.zero_()
 
     def exchange() -> None:
-        rows = transport.start_rows(row_bytes, [count] * size, [count] * size, fill or zeros, "dispatch")()
+        rows = transport.start_rows([row_bytes] * size, [count] * size, [count] * size, fill or zeros, "dispatch")()
         assert not rows.any()
 
     outcome = outcome_of(exchange)
@@ -426,8 +466,8 @@ def die_before_naming_a_place(transport) -> Outcome | None:
     "body, arguments",
     [
         pytest.param(die_before_naming_a_place, (), id="before it names a place"),
-        pytest.param(die_while_filling, (3, 0), id="filling its own rows"),
-        pytest.param(die_while_filling, (3, 1), id="filling a peer's rows"),
+        pytest.param(die_while_filling, (5, 0), id="filling its own rows"),
+        pytest.param(die_while_filling, (5, 1), id="filling a peer's rows"),
         pytest.param(die_while_filling, (2000, 0), id="in rounds"),
         pytest.param(die_while_filling, (2000, 40), id="in a later round"),
     ],
@@ -454,9 +494,10 @@ def test_a_rank_that_dies_when_it_has_written_is_no_loss(twin):
 def die_after_both(transport) -> Outcome | None:
     """All start; the faulty rank finishes and dies before the others finish."""
     transport.barrier("before")
-    finish = transport.start_rows(1040, [3] * 3, [3] * 3, lambda begin, end, out: out.zero_(), "dispatch")
+    finish = transport.start_rows([1040] * 3, [3] * 3, [3] * 3, lambda begin, end, out: out.zero_(), "dispatch")
     time.sleep(0.2)
-    transport._work(transport._latest, 0.0)  # all have named their places by now: write what is left
+    if not transport.takes_counted_rows:
+        transport._work(transport._latest, 0.0)  # all have named their places by now: write what is left
     if transport.rank == FAULTY:
         finish()
         die()
@@ -481,7 +522,9 @@ def test_a_rank_that_does_not_come_is_named_with_the_counts(twin):
             f"rank {rank}, phase dispatch",
             "sending [3, 3, 3] and expecting [3, 3, 3]",
             "waited 1 s for ranks [1]",
-            "0 of 3120 bytes sent, no place named for them yet, 0 of 3120 received",
+            "nothing received"
+            if twin == "memory"
+            else "0 of 3120 bytes sent, no place named for them yet, 0 of 3120 received",
         ):
             assert part in outcome.message, outcome
         assert FAULT_DEADLINE_S - 0.1 < outcome.seconds < FAULT_DEADLINE_S + 1, outcome
@@ -506,7 +549,7 @@ def disagree_at_once(transport, sent: int, expected: int) -> Outcome:
     else:
         recv[FAULTY] = expected
     outcome = outcome_of(
-        lambda: transport.start_rows(16, send, recv, lambda begin, end, out: out.zero_(), "dispatch")()
+        lambda: transport.start_rows([16, 16], send, recv, lambda begin, end, out: out.zero_(), "dispatch")()
     )
     time.sleep(0.5)
     return outcome
@@ -580,10 +623,10 @@ def test_wrong_arguments_are_errors_of_the_caller():
     transport = SharedMemoryTransport(dist.HashStore(), 0, 1, 1.0)
 
     def start(row_bytes: int, send: list[int], recv: list[int]) -> None:
-        transport.start_rows(row_bytes, send, recv, lambda begin, end, out: None, "wrong")
+        transport.start_rows([row_bytes], send, recv, lambda begin, end, out: None, "wrong")
 
     for row_bytes in (0, -16, 24):
-        with pytest.raises(ConfigError, match="wrong: row_bytes must be a positive multiple of 16"):
+        with pytest.raises(ConfigError, match="wrong: row_bytes must be 1 positive multiples of 16"):
             start(row_bytes, [1], [1])
     for send, recv in (([1, 1], [1]), ([1], [-1]), ([-1], [1])):
         with pytest.raises(ConfigError, match="counts must be 1 numbers"):
@@ -618,6 +661,7 @@ IMPOSSIBLE = {
 }
 
 
+@pytest.mark.parametrize("twin", ["frames", "sockets"], indirect=True)
 @pytest.mark.parametrize("case", IMPOSSIBLE)
 def test_a_frame_that_cannot_be_is_an_error_that_names_the_rank(plain_or_not, case):
     with Pair() as pair:
@@ -625,10 +669,129 @@ def test_a_frame_that_cannot_be_is_an_error_that_names_the_rank(plain_or_not, ca
             pair.ranks[0]._arena.lend = lambda num_bytes: None  # let it expect chunks
         say(pair.ranks[1], *IMPOSSIBLE[case])
         with pytest.raises(MoeRuntimeError, match="phase dispatch.*rank 1") as caught:
-            pair.ranks[0].start_rows(16, [10, 10], [10, 10], lambda begin, end, out: out.zero_(), "dispatch")()
+            pair.ranks[0].start_rows([16, 16], [10, 10], [10, 10], lambda begin, end, out: out.zero_(), "dispatch")()
         assert "cannot be" in str(caught.value) or "where this rank expects" in str(caught.value)
         with pytest.raises(RuntimeError, match="cannot be used any more"):
             pair.ranks[0].barrier("after")
+
+
+IMPOSSIBLE_PARCELS = {  # bytes, and the note: rows, whether they are here, rows expected, two of the caller's
+    "fewer bytes than rows": (16, [10, 1, 10, 0, 0]),
+    "a negative number of rows": (160, [-10, 1, 10, 0, 0]),
+    "rows too many to count": (160, [1 << 62, 1, 10, 0, 0]),
+    "few rows that are elsewhere": (0, [10, 0, 10, 0, 0]),
+    "neither here nor elsewhere": (160, [10, 7, 10, 0, 0]),
+    "another number of rows": (176, [11, 1, 10, 0, 0]),
+    "another number expected": (160, [10, 1, 11, 0, 0]),
+}
+
+
+@needs_c
+@pytest.mark.parametrize("case", IMPOSSIBLE_PARCELS)
+def test_a_parcel_that_cannot_be_is_an_error_that_names_the_rank(case):
+    num_bytes, note = IMPOSSIBLE_PARCELS[case]
+    with Pair() as pair:
+        pair.ranks[1]._parcels.post(np.zeros(num_bytes, np.uint8), [0, num_bytes, num_bytes], np.array([note, note]))
+        with pytest.raises(MoeRuntimeError, match="phase dispatch.*rank 1") as caught:
+            pair.ranks[0].start_rows([16, 16], [10, 10], [10, 10], lambda begin, end, out: out.zero_(), "dispatch")()
+        assert ("where this rank expects" if "another" in case else "cannot be") in str(caught.value)
+        with pytest.raises(RuntimeError, match="cannot be used any more"):
+            pair.ranks[0].barrier("after")
+
+
+@needs_c
+@pytest.mark.parametrize("number, length", [(2, 16), (3, 16), (1 << 63, 16), (1, 1 << 40)])
+def test_a_place_for_parcels_that_no_rank_can_have_left_is_an_error(number, length):
+    with Pair() as pair:
+        receiver = pair.ranks[0]
+        place = receiver._layout.parcels_at + window.PLACES * receiver._layout.place_bytes  # rank 1's first
+        head = np.frombuffer(receiver._arena._window, np.uint64, 3, place)
+        head[2], head[0] = length, number
+        with pytest.raises(MoeRuntimeError, match="phase dispatch.*cannot be: .*no writer leaves there"):
+            receiver.start_rows([16, 16], [1, 1], [1, 1], lambda begin, end, out: out.zero_(), "dispatch")()
+
+
+@needs_c
+def test_a_rank_that_does_not_take_its_parcels_is_found_out():
+    with Pair() as pair:
+        message, notes = np.zeros(16, np.uint8), np.zeros((2, 5), np.int64)
+        for _ in range(window.PLACES):
+            pair.ranks[1]._parcels.post(message, [0, 16, 16], notes)
+        with pytest.raises(frames.Broken, match="rank 0 are not taken in turn"):
+            pair.ranks[1]._parcels.post(message, [0, 16, 16], notes)
+
+
+@needs_c
+def test_wrong_arguments_for_parcels_are_value_errors():
+    memory = mmap.mmap(-1, 1 << 16)
+    numbers, notes, bounds = np.array([1, 1]), np.zeros((2, 5), np.int64), np.array([0, 16, 32])
+    message, lengths, waited = np.zeros(32, np.uint8), np.array([-1, -1]), np.zeros(2, np.int64)
+    pairs = np.array([[0, 16], [16, 32]])
+    post = dict(windows=(memory, memory), rank=0, at=4096, place_bytes=4096, numbers=numbers, notes=notes,
+                message=message, bounds=bounds)  # fmt: skip
+    gather = dict(window=memory, at=4096, place_bytes=4096, numbers=numbers, lengths=lengths, notes=notes,
+                  waited_ns=waited, spin_ns=0, timeout_ns=0)  # fmt: skip
+    fetch = dict(window=memory, at=4096, place_bytes=4096, numbers=numbers, bounds=pairs, message=message)
+    read_only = np.frombuffer(bytes(16), np.int64)
+    wrong = {
+        "parcels_post": (post, dict(windows=[memory, memory]), dict(windows=(memory,)), dict(windows=(b"", memory)),
+                         dict(rank=2), dict(rank=-1), dict(rank="a"), dict(at=0), dict(at=4100), dict(at=1 << 62),
+                         dict(place_bytes=0), dict(place_bytes=1 << 62), dict(place_bytes=4097),
+                         dict(numbers=numbers[:1]),
+                         dict(numbers=numbers.astype(np.int32)), dict(notes=notes[:1]), dict(notes=notes[:, :4].copy()),
+                         dict(bounds=bounds[:2]), dict(bounds=bounds[::-1].copy()), dict(bounds=np.array([0, 16, 33])),
+                         dict(bounds=np.array([-1, 16, 32])), dict(message=None), dict(place_bytes=64)),
+        "parcels_gather": (gather, dict(window=bytes(1 << 16)), dict(at=1 << 16), dict(place_bytes=1 << 16),
+                           dict(lengths=lengths[:1]), dict(lengths=read_only), dict(notes=notes[:, :4].copy()),
+                           dict(waited_ns=waited[:1]), dict(waited_ns=lengths), dict(window=None)),
+        "parcels_fetch": (fetch, dict(bounds=bounds), dict(bounds=pairs[:1]), dict(bounds=pairs[:, ::-1].copy()),
+                          dict(bounds=pairs + 1), dict(message=bytes(32)), dict(at=1 << 40), dict(numbers=numbers + 9)),
+    }  # fmt: skip
+    for name, (right, *changes) in wrong.items():
+        function = getattr(native.extension, name)
+        for change in changes:
+            with pytest.raises(ValueError):
+                function(*(right | change).values())
+    post["windows"] = (mmap.mmap(-1, 1 << 16), memory)
+    assert native.extension.parcels_post(*post.values()) is None
+    assert native.extension.parcels_gather(*(gather | dict(timeout_ns=10**7)).values()) == 0  # rank 1 sent nothing
+    assert lengths.tolist() == [16, -1] and waited[1] >= 10**7
+
+
+def counted_exchanges(transport, steps: int) -> None:
+    """Rows whose receivers do not know their number, some of them too many for a parcel; other calls between."""
+    random = np.random.default_rng(7)
+    size, rank, most = transport.size, transport.rank, transport._layout.place_bytes // 16
+    for step in range(steps):
+        choices = [0, 1, most - 5, most - 4, most - 3, 3 * most]
+        counts = random.choice(choices, (size, size), p=[0.3, 0.4, 0.1, 0.1, 0.05, 0.05])
+        mine = counts[rank].tolist()
+        starts = np.cumsum([0, *mine])
+
+        def fill(begin: int, end: int, out: torch.Tensor, starts=starts, step=step) -> None:
+            to = np.searchsorted(starts, np.arange(begin, end), side="right") - 1
+            told = (np.arange(begin, end) - starts[to]) * 8 + to  # the row's number, and whom it is for
+            out.view(torch.int64)[:] = torch.from_numpy(np.stack([told + (step << 40), told * 0 + rank], 1))
+
+        finish = transport.start_counted_rows([16] * size, mine, (step, 10 * rank), fill, "dispatch")
+        if step % 3 == 1:
+            transport.barrier("between")
+        if step % 5 == 2:
+            assert transport.all_gather(torch.tensor([rank]), "between").view(-1).tolist() == [*range(size)]
+        received, notes, rows = finish()
+        assert received == counts[:, rank].tolist()
+        assert notes == [[step, 10 * source] for source in range(size)]
+        expected = [
+            np.stack([np.arange(count) * 8 + rank + (step << 40), np.full(count, source)], 1)
+            for source, count in enumerate(received)
+        ]
+        assert np.array_equal(rows.view(-1, 16).view(torch.int64).numpy(), np.concatenate(expected))
+
+
+@needs_c
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_rows_whose_number_the_receiver_does_not_know(size):
+    run_shm(counted_exchanges, size, "memory", 150, window_bytes=SMALL_WINDOW_BYTES)
 
 
 @pytest.mark.parametrize("frame", [b"\x01", b"\x04" + bytes(20), bytes(frames.FRAME.size + 8)])
@@ -774,7 +937,7 @@ def name_of(transport) -> str:
 def test_what_runs_is_visible(plain_or_not):
     with Pair() as pair:
         said = pair.ranks[0].describe()[0]
-        assert ("in shared memory (C)" in said) == (plain_or_not == "memory")
+        assert ("in shared memory (C)" in said) == (plain_or_not != "sockets")
         assert "1.0 MiB per rank" in said and "0.0 MiB held" in said
 
 

@@ -23,8 +23,9 @@ class RuntimeConfig:
         of torch such as "cuda" that must be there.
     transport: "gloo" (one torch.distributed group, host memory), "shm" (shared memory of one machine), "mpi" (under
         mpirun), "zeromq" (no torch.distributed: for nodes whose torch differs), "islands" (a group inside each vendor's
-        island, ZeroMQ between them), or "auto": islands where the cluster file names more than one vendor, else one
-        group over the vendor's own library (gloo on CPUs).
+        island, ZeroMQ between them), or "auto": islands where the cluster file names more than one vendor; else
+        shared memory where all ranks are CPUs of one machine; else one group over the vendor's own library (gloo on
+        CPUs).
     bridge: what joins islands: "zeromq", or "gloo" or "mpi" where all nodes have the same one, or "flagcx" where its
         torch plug-in is installed and every rank has a device.
     wire_format: what rows travel as on their way to experts, in order of preference, separated by commas: "exact" (the

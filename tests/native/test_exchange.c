@@ -262,12 +262,106 @@ static void test_processes(void) {
     for (int i = 0; i < 2; i++) munmap(windows[i].memory, bytes);
 }
 
+/* ---- parcels ---- */
+
+enum { TRADERS = 3, PLACE_BYTES = 4096, TRADES = 3000 };
+
+static exchange_parcels parcels_of(window w, size_t num_ranks) {
+    return (exchange_parcels){w.memory, w.bytes, exchange_bytes(num_ranks), PLACE_BYTES, num_ranks};
+}
+
+static void test_places(void) {
+    window w = new_window(2, 4 * PLACE_BYTES);
+    exchange_parcels right = parcels_of(w, 2), wrong = right;
+    REQUIRE(exchange_parcels_fit(&right));
+    wrong.at = 0;
+    REQUIRE(!exchange_parcels_fit(&wrong));
+    wrong.at = right.at + 8;
+    REQUIRE(!exchange_parcels_fit(&wrong));
+    wrong.at = right.at + EXCHANGE_LINE;
+    REQUIRE(!exchange_parcels_fit(&wrong));
+    wrong = right, wrong.place_bytes = SIZE_MAX - EXCHANGE_LINE + 1;
+    REQUIRE(!exchange_parcels_fit(&wrong));
+    wrong = right, wrong.num_ranks = SIZE_MAX / 2;
+    REQUIRE(!exchange_parcels_fit(&wrong));
+    wrong = right, wrong.place_bytes = 0;
+    REQUIRE(!exchange_parcels_fit(&wrong));
+
+    const size_t room = PLACE_BYTES - EXCHANGE_LINE;
+    unsigned char message[PLACE_BYTES] = {1}, got[PLACE_BYTES];
+    const int64_t note[EXCHANGE_NOTE] = {5, -4, 3, -2, 1}, numbers[2] = {0, 1};
+    int64_t lengths[2] = {7, -1}, waited[2] = {0, 0}, notes[2 * EXCHANGE_NOTE];
+    REQUIRE(exchange_post(&right, 1, 0, note, message, 1) == EXCHANGE_BAD_ARGUMENT);
+    REQUIRE(exchange_post(&right, 2, 1, note, message, 1) == EXCHANGE_BAD_ARGUMENT);
+    REQUIRE(exchange_post(&right, 1, 1, note, message, room + 1) == EXCHANGE_BAD_ARGUMENT);
+    REQUIRE(exchange_gather(&right, numbers, lengths, notes, waited, 0, 1000000) == EXCHANGE_TIMEOUT);
+    REQUIRE(lengths[1] == -1 && waited[1] >= 1000000 && waited[0] == 0);
+    REQUIRE(exchange_fetch(&right, 1, 1, got, 1) == EXCHANGE_CORRUPT);
+    REQUIRE(exchange_post(&right, 1, 1, note, message, room) == EXCHANGE_OK);
+    REQUIRE(exchange_gather(&right, numbers, lengths, notes, waited, 0, 0) == EXCHANGE_OK);
+    REQUIRE(lengths[0] == 7 && lengths[1] == (int64_t)room);
+    REQUIRE(memcmp(notes + EXCHANGE_NOTE, note, sizeof note) == 0);
+    REQUIRE(exchange_post(&right, 1, 2, note, NULL, 0) == EXCHANGE_OK);
+    REQUIRE(exchange_post(&right, 1, 3, note, NULL, 0) == EXCHANGE_FULL);
+    REQUIRE(exchange_fetch(&right, 1, 1, got, room) == EXCHANGE_OK && memcmp(got, message, room) == 0);
+    REQUIRE(exchange_post(&right, 1, 3, note, NULL, 0) == EXCHANGE_OK);
+    free(w.memory);
+}
+
+static window trader_windows[TRADERS];
+
+/* Every trader sends every other one a parcel, takes theirs, and begins again: places are always free in time. */
+static void *trade(void *argument) {
+    const size_t me = (size_t)(uintptr_t)argument;
+    const exchange_parcels mine = parcels_of(trader_windows[me], TRADERS);
+    unsigned char message[PLACE_BYTES];
+    for (int64_t number = 1; number <= TRADES; number++) {
+        const int64_t note[EXCHANGE_NOTE] = {number, (int64_t)me};
+        int64_t numbers[TRADERS], lengths[TRADERS], waited[TRADERS] = {0}, notes[TRADERS * EXCHANGE_NOTE];
+        for (size_t peer = 0; peer < TRADERS; peer++) {
+            numbers[peer] = peer == me ? 0 : number;
+            lengths[peer] = -1;
+            if (peer == me) continue;
+            const size_t length = (size_t)(number * 7 + (int64_t)peer) % (PLACE_BYTES - EXCHANGE_LINE);
+            const exchange_parcels to = parcels_of(trader_windows[peer], TRADERS);
+            memset(message, (int)(number + (int64_t)me), length);
+            REQUIRE(exchange_post(&to, me, (uint64_t)number, note, message, length) == EXCHANGE_OK);
+        }
+        const exchange_status status =
+            exchange_gather(&mine, numbers, lengths, notes, waited, number % 2 * 1000, 20 * second);
+        REQUIRE(status == EXCHANGE_OK || status == EXCHANGE_SLEPT);
+        for (size_t peer = 0; peer < TRADERS; peer++) {
+            if (peer == me) continue;
+            const int64_t *told = notes + peer * EXCHANGE_NOTE;
+            REQUIRE(told[0] == number && told[1] == (int64_t)peer);
+            REQUIRE(lengths[peer] == (number * 7 + (int64_t)me) % (PLACE_BYTES - EXCHANGE_LINE));
+            REQUIRE(exchange_fetch(&mine, peer, (uint64_t)number, message, (size_t)lengths[peer]) == EXCHANGE_OK);
+            for (int64_t at = 0; at < lengths[peer]; at++) {
+                REQUIRE(message[at] == (unsigned char)(number + (int64_t)peer));
+            }
+        }
+    }
+    return NULL;
+}
+
+static void test_trading(void) {
+    pthread_t threads[TRADERS];
+    for (size_t i = 0; i < TRADERS; i++) trader_windows[i] = new_window(TRADERS, 2 * TRADERS * PLACE_BYTES);
+    for (size_t i = 0; i < TRADERS; i++) {
+        REQUIRE(pthread_create(&threads[i], NULL, trade, (void *)(uintptr_t)i) == 0);
+    }
+    for (size_t i = 0; i < TRADERS; i++) REQUIRE(pthread_join(threads[i], NULL) == 0);
+    for (size_t i = 0; i < TRADERS; i++) free(trader_windows[i].memory);
+}
+
 int main(void) {
     test_windows();
     test_frames();
     test_corrupt_memory_is_refused();
     test_waiting_ends();
     test_processes();
+    test_places();
+    test_trading();
     test_threads();
     printf("passed\n");
     return 0;

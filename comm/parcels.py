@@ -1,0 +1,106 @@
+"""Parcels: small messages between the ranks of one host, all of an exchange in one step, with a note on each.
+
+A parcel is written to its place in the receiver's window together with a note of five numbers, and fetched from there:
+what a decode step's rows need, instead of agreeing on where they go first. csrc/exchange.h owns the protocol; there is
+no slow twin, for without the C extension nothing fits a parcel and everything goes the longer way (comm/lane.py).
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .frames import Bell, Broken, extension
+from .window import LINE, Layout
+
+NOTE = 5  # EXCHANGE_NOTE
+
+
+@dataclass(slots=True, eq=False)
+class Post:
+    """Parcels that were sent, and what has come of those expected; own parcels travel nowhere.
+
+    numbers [R]: of each rank's parcel each way, 0 of this rank's. lengths [R]: bytes, -1 while it has not come.
+    notes [R, 5]. waited_ns [R]: how long this rank has waited for it. message and bounds [R + 1]: what was sent.
+    """
+
+    numbers: np.ndarray
+    lengths: np.ndarray
+    notes: np.ndarray
+    waited_ns: np.ndarray
+    message: np.ndarray
+    bounds: np.ndarray
+
+    def missing(self) -> list[int]:
+        return np.flatnonzero(self.lengths < 0).tolist()
+
+
+class Parcels:
+    """This rank's end of all parcels. Every rank posts to every other; one post at a time is under way."""
+
+    def __init__(self, rank: int, mine: mmap.mmap, theirs: Mapping[int, mmap.mmap], layout: Layout, use: bool) -> None:
+        self._rank, self._mine, self._extension = rank, mine, extension()
+        self._windows = tuple(theirs.get(peer, mine) for peer in range(layout.size))
+        self._at, self._place_bytes = layout.parcels_at, layout.place_bytes
+        self._room = layout.place_bytes - LINE if use else -1
+        self._number = 0
+        self._others = np.array([peer != rank for peer in range(layout.size)], dtype=np.int64)
+        self._scratch = np.empty(0, dtype=np.uint8)
+
+    @property
+    def used(self) -> bool:
+        return self._room > 0
+
+    def fits(self, num_bytes: int) -> bool:
+        return num_bytes <= self._room
+
+    def scratch(self, num_bytes: int) -> np.ndarray:
+        """Memory for the message of the next post: kept, so that it is touched once."""
+        if len(self._scratch) < num_bytes:
+            self._scratch = np.empty(num_bytes, dtype=np.uint8)
+        return self._scratch[:num_bytes]
+
+    def post(self, message: np.ndarray, bounds: Sequence[int], notes: np.ndarray) -> Post:
+        """Send message[bounds[r]:bounds[r + 1]] with notes[r] to every rank r; raises Broken. Never waits."""
+        self._number += 1
+        numbers = self._others * self._number
+        lengths = -self._others
+        lengths[self._rank] = bounds[self._rank + 1] - bounds[self._rank]
+        waited_ns = np.zeros(len(numbers), dtype=np.int64)
+        post = Post(numbers, lengths, notes.copy(), waited_ns, message, np.array(bounds, dtype=np.int64))
+        try:
+            self._extension.parcels_post(
+                self._windows, self._rank, self._at, self._place_bytes, numbers, notes, message, post.bounds
+            )
+        except ValueError as error:
+            raise Broken(str(error)) from None
+        return post
+
+    def gather(self, post: Post, bell: Bell, timeout_s: float) -> bool:
+        """Wait for what has not come, so long at most; whether all has. Raises Broken."""
+        try:
+            rang = self._extension.parcels_gather(
+                self._mine, self._at, self._place_bytes, post.numbers, post.lengths, post.notes, post.waited_ns,
+                bell.spin_ns, int(1e9 * timeout_s),
+            )  # fmt: skip
+        except ValueError as error:
+            raise Broken(str(error)) from None
+        bell.learn(int(post.waited_ns.max()))
+        return rang != 0
+
+    def fetch(self, post: Post, memory: np.ndarray, ends: Sequence[int]) -> None:
+        """Copy every rank's parcel, this one's too, so that that of rank r ends at byte ends[r] of `memory`."""
+        bounds = np.empty((len(ends), 2), dtype=np.int64)
+        bounds[:, 1] = ends
+        bounds[:, 0] = bounds[:, 1] - post.lengths
+        try:
+            self._extension.parcels_fetch(self._mine, self._at, self._place_bytes, post.numbers, bounds, memory)
+        except ValueError as error:
+            raise Broken(str(error)) from None
+        begin, end = bounds[self._rank].tolist()
+        if end > begin:
+            first = post.bounds[self._rank]
+            memory[begin:end] = post.message[first : first + end - begin]
