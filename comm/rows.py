@@ -185,7 +185,9 @@ def unpack(packed: torch.Tensor, layout: RowLayout, *, copy: bool = False, out: 
         *_places(layout),
         "",
     )
-    return _parts(packed, layout)[0] if hidden is None else hidden, weights, slots
+    if hidden is None:
+        hidden = packed[:, : payload_bytes(layout.wire, layout.hidden_size)].view(layout.dtype)
+    return hidden, weights, slots
 
 
 def unpack_torch(packed: torch.Tensor, layout: RowLayout, *, copy: bool = False, out: Parts | None = None) -> Parts:
@@ -416,7 +418,9 @@ def _in_c(function: str, *arguments: object) -> None:
 
 
 def _array(values: torch.Tensor, dtype: torch.dtype) -> np.ndarray:
-    return aligned(values.detach().to("cpu", dtype).contiguous()).numpy()
+    if values.requires_grad or values.dtype != dtype or not (values.is_cpu and values.is_contiguous()):
+        values = values.detach().to("cpu", dtype).contiguous()
+    return aligned(values).numpy()
 
 
 def _new(part: torch.Tensor) -> torch.Tensor:

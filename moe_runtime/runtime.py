@@ -373,14 +373,6 @@ class ExpertDispatcher:
         Meanwhile the caller may compute (a shared expert) or start another (a second half of the batch).
         """
         self._dispatcher.check(x_TH, topk_ids_TK, topk_weights_TK)
-        topk_ids_TK = topk_ids_TK.cpu()
-        out_of_range = (topk_ids_TK < -1) | (topk_ids_TK >= self.placement.num_experts)
-        if out_of_range.any():
-            token, k = out_of_range.nonzero()[0].tolist()
-            raise ConfigError(
-                f"dispatch: topk_ids[{token}, {k}] = {int(topk_ids_TK[token, k])} is not an expert "
-                f"(0..{self.placement.num_experts - 1}, or -1)"
-            )
         slots = self._chooser.choose(topk_ids_TK)
         return self._dispatcher.start_dispatch(
             x_TH, slots, topk_weights_TK, expand=expand, tag=self._layer, handle=handle

@@ -10,12 +10,17 @@ from . import native
 
 def takes_c(*tensors: torch.Tensor) -> bool:
     """Whether the C extension is there and can reach all of these tensors."""
-    return native.extension is not None and all(tensor.device.type == "cpu" for tensor in tensors)
+    if native.extension is None:
+        return False
+    for tensor in tensors:  # a loop: this is asked several times for every token that is decoded
+        if not tensor.is_cpu:
+            return False
+    return True
 
 
 def byte_rows(rows: torch.Tensor) -> np.ndarray:
     """Rows [N, H] as uint8 [N, H * itemsize]: the same memory, unless C could not read it as it lies."""
-    rows = aligned(rows.detach())
+    rows = aligned(rows.detach() if rows.requires_grad else rows)
     if rows.stride(1) != 1 or rows.shape[1] == 1:  # the stride of a single value may be anything
         rows = rows.contiguous().as_strided(rows.shape, (rows.shape[1], 1))
     return rows.view(torch.uint8).numpy()
