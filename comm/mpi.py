@@ -7,6 +7,7 @@ as the bytes they lie in, without copies. Objects are never sent: mpi4py would p
 from __future__ import annotations
 
 import atexit
+import math
 import socket
 import sys
 import time
@@ -264,6 +265,32 @@ class MpiTransport(InHalves):
     def _check_usable(self, phase: str) -> None:
         if self._unusable is not None:
             raise RuntimeError(f"{phase}: the transport cannot be used any more: {self._unusable}")
+
+
+class AlltoallV:
+    """MPI's own Alltoallv over all ranks that mpirun started, for CPU tensors: a peer that benches measure beside ours.
+
+    Unlike the transport's, its waits have no deadline: who calls it must be able to end this process. Every rank makes
+    it. Raises VendorUnavailable when no MPI library can be loaded, or one that is not mpirun's own.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._mpi = _load_mpi()
+        found = self._mpi.COMM_WORLD.Get_size()
+        if found != size:
+            raise VendorUnavailable(f"the MPI library sees {found} ranks of {size}: mpirun is another MPI's")
+        self._communicator = self._mpi.COMM_WORLD.Dup()
+        self._row_types: dict[int, Any] = {}
+
+    def __call__(self, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int]) -> torch.Tensor:
+        """Contiguous rows [N, ...], counts along dimension 0, to rows grouped by source rank."""
+        recv = send.new_empty((sum(recv_counts), *send.shape[1:]))
+        row_bytes = send.element_size() * math.prod(send.shape[1:])
+        if row_bytes not in self._row_types:  # counted in rows, int32 is enough
+            self._row_types[row_bytes] = self._mpi.BYTE.Create_contiguous(row_bytes).Commit()
+        row = self._row_types[row_bytes]
+        self._communicator.Alltoallv([byte_view(send), send_counts, row], [byte_view(recv), recv_counts, row])
+        return recv
 
 
 @dataclass(eq=False)

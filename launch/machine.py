@@ -7,6 +7,8 @@ import platform
 import socket
 from pathlib import Path
 
+from ..core.errors import MoeRuntimeError
+
 
 def available_cores() -> int:
     """Cores this process may run on."""
@@ -27,3 +29,21 @@ def free_port(address: str = "127.0.0.1") -> int:
     with socket.socket() as probe:
         probe.bind((address, 0))
         return probe.getsockname()[1]
+
+
+def reset_peak_memory() -> bool:
+    """Start this process's high-water mark of resident memory anew; False where the system cannot (see proc(5))."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def resident_bytes(peak: bool = False) -> int:
+    """This process's resident memory now, or its high-water mark. Raises MoeRuntimeError where it is not Linux."""
+    field, status = "VmHWM:" if peak else "VmRSS:", Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.is_file() else ():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise MoeRuntimeError(f"{status} has no {field[:-1]}; resident memory is known on Linux only")

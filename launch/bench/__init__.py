@@ -12,6 +12,7 @@ BENCHES = {
     "model": "moe_runtime.launch.bench.model",
     "load": "moe_runtime.launch.bench.load",
     "experts": "moe_runtime.launch.bench.experts",
+    "dispatch": "moe_runtime.launch.bench.dispatch",
 }
 
 USAGE = f"""usage: moe-launch bench WHAT [options]
@@ -21,6 +22,7 @@ Measure on this machine, always beside a floor and a peer. WHAT is one of: {", "
 examples:
   moe-launch bench model
   moe-launch bench load --json
+  moe-launch bench dispatch --ranks 2 4 --profile
   moe-launch bench load --help
 """
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from ...core import environment
 from ...core.errors import MoeRuntimeError
-from ..machine import available_cores, free_port
+from ..machine import available_cores, free_port, reset_peak_memory, resident_bytes
 from .model import SHAPE, machine_line, make_checkpoint
 
 
@@ -28,27 +28,21 @@ def measure_rank(folder: Path) -> dict[str, float]:
     import moe_runtime
 
     with moe_runtime.init() as runtime:
-        Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark; see proc(5)
-        before = _status("VmRSS")
+        if not reset_peak_memory():
+            raise MoeRuntimeError("bench load: this kernel resets no high-water mark of memory; this bench needs Linux")
+        before = resident_bytes()
         start = time.perf_counter()
         model = runtime.load_model(folder, dtype=torch.bfloat16)
         seconds = time.perf_counter() - start
-        peak = _status("VmHWM")
+        peak = resident_bytes(peak=True)
         held = {id(t.untyped_storage()): t.untyped_storage().nbytes() for t in model.state_dict().values()}
         return {
             "rank": runtime.rank,
             "must_hold_bytes": sum(held.values()),
             "peak_bytes": peak - before,
-            "after_bytes": _status("VmRSS") - before,
+            "after_bytes": resident_bytes() - before,
             "seconds": seconds,
         }
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise MoeRuntimeError(f"bench load: /proc/self/status has no {field}; this bench needs Linux")
 
 
 def run(folder: Path, ranks: int) -> list[dict[str, Any]]:
