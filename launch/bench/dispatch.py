@@ -147,7 +147,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, default=8, metavar="K")
     parser.add_argument("--transport", choices=TRANSPORTS, default="shm", help="ours; the peers have their own")
     parser.add_argument(
-        "--malloc", choices=("keep", "system"), default="keep",
+        "--malloc", choices=("keep", "system"), default="system",
         help="keep: freed memory is used again, as device allocators do; system: large tensors are new pages each time",
     )  # fmt: skip
     parser.add_argument("--rounds", type=float, default=1.0, metavar="FACTOR", help="times as many rounds of each size")
