@@ -24,7 +24,8 @@ class Post:
     """Parcels that were sent, and what has come of those expected; own parcels travel nowhere.
 
     numbers [R]: of each rank's parcel each way, 0 of this rank's. lengths [R]: bytes, -1 while it has not come.
-    notes [R, 5]. waited_ns [R]: how long this rank has waited for it. message and bounds [R + 1]: what was sent.
+    notes [R, 5]. waited_ns [R]: how long this rank has waited for it. message, begin: this rank's own parcel is in
+    `message`, from byte `begin` on.
     """
 
     numbers: np.ndarray
@@ -32,23 +33,27 @@ class Post:
     notes: np.ndarray
     waited_ns: np.ndarray
     message: np.ndarray
-    bounds: np.ndarray
+    begin: int
 
     def missing(self) -> list[int]:
         return np.flatnonzero(self.lengths < 0).tolist()
 
 
 class Parcels:
-    """This rank's end of all parcels. Every rank posts to every other; one post at a time is under way."""
+    """This rank's end of all parcels. Every rank posts to every other; one post at a time is under way, and its arrays
+    are the next one's."""
 
     def __init__(self, rank: int, mine: mmap.mmap, theirs: Mapping[int, mmap.mmap], layout: Layout, use: bool) -> None:
+        size = layout.size
         self._rank, self._mine, self._extension = rank, mine, extension()
-        self._windows = tuple(theirs.get(peer, mine) for peer in range(layout.size))
+        self._windows = tuple(theirs.get(peer, mine) for peer in range(size))
         self._at, self._place_bytes = layout.parcels_at, layout.place_bytes
         self._room = layout.place_bytes - LINE if use else -1
-        self._number = 0
-        self._others = np.array([peer != rank for peer in range(layout.size)], dtype=np.int64)
         self._scratch = np.empty(0, dtype=np.uint8)
+        self._awaited = np.array([-int(peer != rank) for peer in range(size)], dtype=np.int64)
+        self._told, self._bounds = np.empty((size, NOTE), dtype=np.int64), np.empty(size + 1, dtype=np.int64)
+        zeros = [np.zeros(size, dtype=np.int64) for _ in range(3)]
+        self._post = Post(*zeros[:2], np.zeros((size, NOTE), dtype=np.int64), zeros[2], self._scratch, 0)
 
     @property
     def used(self) -> bool:
@@ -63,17 +68,19 @@ class Parcels:
             self._scratch = np.empty(num_bytes, dtype=np.uint8)
         return self._scratch[:num_bytes]
 
-    def post(self, message: np.ndarray, bounds: Sequence[int], notes: np.ndarray) -> Post:
+    def post(self, message: np.ndarray, bounds: Sequence[int], notes: Sequence[Sequence[int]]) -> Post:
         """Send message[bounds[r]:bounds[r + 1]] with notes[r] to every rank r; raises Broken. Never waits."""
-        self._number += 1
-        numbers = self._others * self._number
-        lengths = -self._others
-        lengths[self._rank] = bounds[self._rank + 1] - bounds[self._rank]
-        waited_ns = np.zeros(len(numbers), dtype=np.int64)
-        post = Post(numbers, lengths, notes.copy(), waited_ns, message, np.array(bounds, dtype=np.int64))
+        post, rank = self._post, self._rank
+        post.numbers -= self._awaited
+        post.lengths[:] = self._awaited
+        post.lengths[rank] = bounds[rank + 1] - bounds[rank]
+        post.waited_ns.fill(0)
+        post.message, post.begin = message, bounds[rank]
+        self._told[:], self._bounds[:] = notes, bounds
+        post.notes[rank] = self._told[rank]
         try:
             self._extension.parcels_post(
-                self._windows, self._rank, self._at, self._place_bytes, numbers, notes, message, post.bounds
+                self._windows, rank, self._at, self._place_bytes, post.numbers, self._told, message, self._bounds
             )
         except ValueError as error:
             raise Broken(str(error)) from None
@@ -82,25 +89,24 @@ class Parcels:
     def gather(self, post: Post, bell: Bell, timeout_s: float) -> bool:
         """Wait for what has not come, so long at most; whether all has. Raises Broken."""
         try:
-            rang = self._extension.parcels_gather(
+            took_ns = self._extension.parcels_gather(
                 self._mine, self._at, self._place_bytes, post.numbers, post.lengths, post.notes, post.waited_ns,
                 bell.spin_ns, int(1e9 * timeout_s),
             )  # fmt: skip
         except ValueError as error:
             raise Broken(str(error)) from None
-        bell.learn(int(post.waited_ns.max()))
-        return rang != 0
+        bell.learn(took_ns if took_ns >= 0 else int(1e9 * timeout_s))
+        return took_ns >= 0
 
-    def fetch(self, post: Post, memory: np.ndarray, ends: Sequence[int]) -> None:
-        """Copy every rank's parcel, this one's too, so that that of rank r ends at byte ends[r] of `memory`."""
-        bounds = np.empty((len(ends), 2), dtype=np.int64)
-        bounds[:, 1] = ends
-        bounds[:, 0] = bounds[:, 1] - post.lengths
+    def fetch(self, post: Post, memory: np.ndarray, shares: Sequence[int]) -> None:
+        """Copy every rank's parcel, this one's too, to the end of that rank's share of `memory`: shares[r] bytes."""
         try:
-            self._extension.parcels_fetch(self._mine, self._at, self._place_bytes, post.numbers, bounds, memory)
+            self._extension.parcels_fetch(
+                self._mine, self._at, self._place_bytes, post.numbers, post.lengths, np.array(shares), memory
+            )
         except ValueError as error:
             raise Broken(str(error)) from None
-        begin, end = bounds[self._rank].tolist()
-        if end > begin:
-            first = post.bounds[self._rank]
-            memory[begin:end] = post.message[first : first + end - begin]
+        length = int(post.lengths[self._rank])
+        if length:
+            end = sum(shares[: self._rank + 1])
+            memory[end - length : end] = post.message[post.begin : post.begin + length]

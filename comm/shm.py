@@ -43,11 +43,11 @@ from .lane import (
     rows_targets,
 )
 from .meeting import meet
-from .parcels import NOTE, Parcels, Post
+from .parcels import Parcels, Post
 from .transport import InHalves, Waits, byte_view, check_counts, check_peer, describe_counts, once, reduce_in_rank_order
 from .window import Arena, create, layout_of
 
-_WINDOW_BYTES = 256 << 20
+_WINDOW_BYTES = 512 << 20
 _ROW_ALIGN = 16
 _PATIENCE_S = 0.0002  # how long a start waits for places, so that rows move while this rank computes
 _NOTHING = np.empty(0, dtype=np.uint8)
@@ -477,6 +477,8 @@ class _Rows:
         self.sent = _products(row_bytes, send_counts)
         self.here = [transport._parcels.fits(num_bytes) for num_bytes in self.sent]
         self.received: list[int] = []  # bytes from each rank
+        self.notes: list[list[int]] = []  # by rank; empty until all parcels have come
+        self.waited_ns: list[int] = []
         self.post: Post | None = None
         self.by_lane: _Exchange | None = None
         self.memory: np.ndarray | None = None
@@ -490,9 +492,8 @@ class _Rows:
         bounds = [0, *accumulate(num_bytes * here for num_bytes, here in zip(self.sent, self.here, strict=True))]
         message = parcels.scratch(bounds[-1])
         self._write(message, bounds)
-        notes = np.empty((len(self.sent), NOTE), dtype=np.int64)
-        notes[:, 0], notes[:, 1], notes[:, 3:] = self.send_counts, self.here, self.note
-        notes[:, 2] = -1 if self.recv_counts is None else self.recv_counts
+        expected = self.recv_counts or [-1] * len(self.sent)
+        notes = [(*each, *self.note) for each in zip(self.send_counts, self.here, expected, strict=True)]
         self.post = parcels.post(message, bounds, notes)
         if self.recv_counts is None and not all(self.here):
             self.gather()
@@ -544,24 +545,26 @@ class _Rows:
             self.open()
         if self.by_lane is not None:
             transport._finish(self.by_lane)
-        ends = list(accumulate(self.received))
-        transport._step(self, transport.rank, transport._parcels.fetch, self.post, self.memory, ends)
+        transport._step(self, transport.rank, transport._parcels.fetch, self.post, self.memory, self.received)
+        self.waited_ns = self.post.waited_ns.tolist()  # the arrays are the next post's
         self.settled, self.fill = True, None
 
     def finish(self) -> tuple[list[int], list[list[int]], torch.Tensor]:
         """(rows from each rank, each rank's note, the rows as bytes in one dimension)."""
-        transport, post = self.transport, self.post
+        transport = self.transport
         if not self.settled:
             transport._check_usable(self.phase)
             self.settle()
         memory, self.memory = self.memory, None  # so that who keeps the function does not keep the rows
         for peer in transport._lanes:
             written = 0.0 if self.by_lane is None else self.by_lane.waited_s.get(peer, 0.0)
-            transport.waits.add(peer, 1e-9 * int(post.waited_ns[peer]) + written)
-        return list(self.recv_counts), post.notes[:, 3:].tolist(), torch.from_numpy(memory)
+            transport.waits.add(peer, 1e-9 * self.waited_ns[peer] + written)
+        return list(self.recv_counts), [note[3:] for note in self.notes], torch.from_numpy(memory)
 
     def gather(self) -> None:
         """Until every rank's parcel is there, and so how many rows it sends."""
+        if self.notes:
+            return
         transport, post = self.transport, self.post
         deadline_s = transport.deadline_s
         while not self._all_there(min(SLICE_S, deadline_s)):
@@ -574,17 +577,18 @@ class _Rows:
                 transport._step(self, peer, transport._lanes[peer].require)
             if waited_s >= deadline_s:
                 transport._time_out(self, {peer: "nothing received" for peer in post.missing()})
+        self.notes = post.notes.tolist()
         for peer in transport._lanes:
             transport._step(self, peer, self._check, peer)
         if self.recv_counts is None:
-            self.recv_counts = post.notes[:, 0].tolist()
+            self.recv_counts = [note[0] for note in self.notes]
 
     def _all_there(self, timeout_s: float) -> bool:
         transport = self.transport
         return transport._step(self, transport.rank, transport._parcels.gather, self.post, transport._waiter, timeout_s)
 
     def _check(self, peer: int) -> None:
-        count, here, expects, *_ = self.post.notes[peer].tolist()
+        count, here, expects, *_ = self.notes[peer]
         each, length = self.row_bytes[peer], int(self.post.lengths[peer])
         if count < 0 or here != self.transport._parcels.fits(each * count) or length != each * count * here:
             raise Broken(f"a parcel of {length} bytes that is to say {count} rows of {each} bytes")

@@ -1090,7 +1090,7 @@ PyDoc_STRVAR(parcels_gather_doc,
              "Waits without the GIL until parcel numbers[r] of every rank r is there for which lengths[r] is negative.\n\n"
              "Sets lengths[r] and notes[r] of those that have come, and adds to waited_ns[r] of all. Ranks with\n"
              "numbers[r] <= 0 are left out. numbers, lengths and waited_ns [R], notes [R, 5] int64.\n"
-             "Returns 0 after timeout_ns, 1 if all came without a sleep, else 2.");
+             "Returns how long it waited in ns, or -1 after timeout_ns.");
 
 static PyObject *parcels_gather(PyObject *module, PyObject *const *objects, Py_ssize_t num_objects) {
     static const table_rule rules[] = {
@@ -1113,14 +1113,15 @@ static PyObject *parcels_gather(PyObject *module, PyObject *const *objects, Py_s
         check_shape(&held, 3, num_ranks, 0) == 0 && take_parcels(&parcels, num_ranks, objects[1], objects[2]) == 0 && hold_window(&window, objects[0]) == 0) {
         if (use_window(&parcels, &window) == 0) {
             exchange_status status;
+            int64_t took_ns = 0;
             Py_BEGIN_ALLOW_THREADS
             status = exchange_gather(&parcels, held.views[0].buf, held.views[1].buf, held.views[2].buf,
-                                     held.views[3].buf, spin_ns, timeout_ns);
+                                     held.views[3].buf, spin_ns, timeout_ns, &took_ns);
             Py_END_ALLOW_THREADS
             if (status == EXCHANGE_CORRUPT) {
                 PyErr_SetString(PyExc_ValueError, "parcels: a number or length that no writer leaves there");
             } else if (PyErr_CheckSignals() == 0) {
-                result = PyLong_FromLong(status == EXCHANGE_OK ? 1 : status == EXCHANGE_SLEPT ? 2 : 0);
+                result = PyLong_FromLongLong(status == EXCHANGE_TIMEOUT ? -1 : (long long)took_ns);
             }
         }
         PyBuffer_Release(&window);
@@ -1130,45 +1131,54 @@ static PyObject *parcels_gather(PyObject *module, PyObject *const *objects, Py_s
 }
 
 PyDoc_STRVAR(parcels_fetch_doc,
-             "parcels_fetch(window, at, place_bytes, numbers, bounds, message)\n--\n\n"
-             "Copies parcel numbers[r] of every rank r with numbers[r] > 0 to message[bounds[r, 0]:bounds[r, 1]].\n\n"
-             "Their places are free from then on. numbers [R] and bounds [R, 2] int64, message bytes.");
+             "parcels_fetch(window, at, place_bytes, numbers, lengths, shares, message)\n--\n\n"
+             "Copies parcel numbers[r], of lengths[r] bytes, of every rank r with numbers[r] > 0 to the end of its share.\n\n"
+             "Rank r's share of message bytes is shares[r] of them, after those of the ranks before it. The places of the\n"
+             "parcels are free from then on. numbers, lengths and shares [R] int64.");
 
 static PyObject *parcels_fetch(PyObject *module, PyObject *const *objects, Py_ssize_t num_objects) {
     static const table_rule rules[] = {
         {"numbers", 1, INT64S, INPUT, NEEDED},
-        {"bounds", 2, INT64S, INPUT, NEEDED},
+        {"lengths", 1, INT64S, INPUT, NEEDED},
+        {"shares", 1, INT64S, INPUT, NEEDED},
     };
     (void)module;
-    if (check_count(num_objects, 6) != 0) return NULL;
+    if (check_count(num_objects, 7) != 0) return NULL;
     tables held;
-    if (hold_tables(&held, rules, 2, objects + 3) != 0) return NULL;
+    if (hold_tables(&held, rules, 3, objects + 3) != 0) return NULL;
     const Py_ssize_t num_ranks = held.views[0].shape[0];
-    const int64_t *numbers = held.views[0].buf, *bounds = held.views[1].buf;
+    const int64_t *numbers = held.views[0].buf, *lengths = held.views[1].buf, *shares = held.views[2].buf;
     exchange_parcels parcels;
     Py_buffer window, message;
-    if (check_shape(&held, 1, num_ranks, 2) != 0 || take_parcels(&parcels, num_ranks, objects[1], objects[2]) != 0 ||
+    if (check_shape(&held, 1, num_ranks, 0) != 0 || check_shape(&held, 2, num_ranks, 0) != 0 ||
+        take_parcels(&parcels, num_ranks, objects[1], objects[2]) != 0 ||
         hold_window(&window, objects[0]) != 0) {
         release_tables(&held);
         return NULL;
     }
     int refused = use_window(&parcels, &window) != 0;
-    if (!refused && PyObject_GetBuffer(objects[5], &message, PyBUF_WRITABLE) != 0) {
+    if (!refused && PyObject_GetBuffer(objects[6], &message, PyBUF_WRITABLE) != 0) {
         const argument_rule rule = {.name = "message", .direction = OUTPUT};
         refuse_exporter(&rule);
         refused = 1;
     } else if (!refused) {
+        int64_t end = 0;
         for (Py_ssize_t r = 0; r < num_ranks && !refused; r++) {
-            if (numbers[r] <= 0) continue;
-            int64_t each[2];
-            memcpy(each, bounds + 2 * r, sizeof each);
-            if (!bounds_lie_inside(each, 1, message.len)) {
+            const int64_t share = shares[r], length = lengths[r];
+            if (share < 0 || share > (int64_t)message.len - end) {
                 refused = 1;
-                refuse("bounds", "must increase and lie inside message");
+                refuse("shares", "must not be negative, nor more than message in all");
+                break;
+            }
+            end += share;
+            if (numbers[r] <= 0) continue;
+            if (length < 0 || length > share) {
+                refused = 1;
+                refuse("lengths", "must not be negative, nor more than the share");
                 break;
             }
             const exchange_status status = exchange_fetch(&parcels, (size_t)r, (uint64_t)numbers[r],
-                                                          (char *)message.buf + each[0], (size_t)(each[1] - each[0]));
+                                                          (char *)message.buf + end - length, (size_t)length);
             refused = status != EXCHANGE_OK;
             if (refused) raise_parcel(status, r);
         }

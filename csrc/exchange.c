@@ -196,13 +196,15 @@ static size_t look_for(const exchange_parcels *parcels, const int64_t *numbers, 
 }
 
 exchange_status exchange_gather(const exchange_parcels *parcels, const int64_t *numbers, int64_t *lengths,
-                                int64_t *notes, int64_t *waited_ns, int64_t spin_ns, int64_t timeout_ns) {
+                                int64_t *notes, int64_t *waited_ns, int64_t spin_ns, int64_t timeout_ns,
+                                int64_t *took_ns) {
     exchange_bell *bell = parcels->window;
     exchange_status status = EXCHANGE_OK, how = EXCHANGE_OK;
     const int64_t began = now_ns();
     for (int64_t waited = 0;; waited = now_ns() - began) {
         const uint32_t seen = exchange_rung(bell);
         const size_t missing = look_for(parcels, numbers, lengths, notes, waited_ns, waited, &status);
+        *took_ns = waited;
         if (status != EXCHANGE_OK) return status;
         if (missing == 0) return how;
         if (waited >= timeout_ns) {

@@ -100,9 +100,10 @@ exchange_status exchange_post(const exchange_parcels *to, size_t source, uint64_
 
 /* Waits, as exchange_wait does, until every rank r with numbers[r] > 0 and lengths[r] < 0 has sent that parcel;
  * lengths[r], notes[r] and waited_ns[r], which is added to, are set for each that has come, also where the time is up
- * for others. */
+ * for others. took_ns: how long this call waited. */
 exchange_status exchange_gather(const exchange_parcels *parcels, const int64_t *numbers, int64_t *lengths,
-                                int64_t *notes, int64_t *waited_ns, int64_t spin_ns, int64_t timeout_ns);
+                                int64_t *notes, int64_t *waited_ns, int64_t spin_ns, int64_t timeout_ns,
+                                int64_t *took_ns);
 
 /* Copies the `length` bytes of a parcel that was gathered, and gives its place back. */
 exchange_status exchange_fetch(const exchange_parcels *parcels, size_t source, uint64_t number, void *message,

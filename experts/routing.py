@@ -25,8 +25,8 @@ class ReplicaChooser:
         # [E, X]: an expert's slots, the last repeated; and the upper ends of their shares of [0, 1).
         padded = [slots + [slots[-1]] * (most - len(slots)) for slots in slots_of]
         self._slots_EX = torch.tensor(padded, dtype=torch.int64)
-        # Every expert in the slot of its own number: nothing to look up.
-        self._same = most == 1 and [slots[0] for slots in slots_of] == list(range(placement.num_experts))
+        # Every expert is in the slot of its own number: nothing to look up.
+        self.same = most == 1 and [slots[0] for slots in slots_of] == list(range(placement.num_experts))
         share = placement.slot_share[layer]
         ends = np.array([np.cumsum([share[s] for s in slots] + [0.0] * (most - len(slots))) for slots in slots_of])
         self._ends_EX = torch.from_numpy(ends)
@@ -35,12 +35,12 @@ class ReplicaChooser:
         """topk_ids [T, K] integer expert ids (-1 = not selected) to slots [T, K] int64 (-1 stays -1), on the CPU.
 
         The plan that follows is made on the CPU, and some devices have no float64.
-        Raises ConfigError, naming token and k, for what is neither an expert nor -1.
+        Raises ConfigError, naming token and k, for what is neither an expert nor -1, unless `same`.
         """
         ids = topk_ids_TK.to("cpu", torch.int64)
-        self._check(ids.numpy())
-        if self._same:
-            return ids
+        if self.same:
+            return ids  # the plan refuses slots that are not there, and so these
+        self.check(ids)
         if self._slots_EX.shape[1] == 1:
             slots = self._slots_EX[:, 0].index_select(0, ids.clamp(min=0).view(-1)).view_as(ids)
         else:
@@ -50,7 +50,9 @@ class ReplicaChooser:
             slots = self._slots_EX[ids.clamp(min=0)].gather(-1, replica.unsqueeze(-1)).squeeze(-1)
         return slots.masked_fill(ids < 0, -1)
 
-    def _check(self, ids_TK: np.ndarray) -> None:
+    def check(self, topk_ids_TK: torch.Tensor) -> None:
+        """Raise ConfigError, naming token and k, for what is neither an expert nor -1."""
+        ids_TK = topk_ids_TK.cpu().numpy()
         if not ids_TK.size or (ids_TK.min() >= -1 and ids_TK.max() < len(self._slots_EX)):
             return
         token, k = np.argwhere((ids_TK < -1) | (ids_TK >= len(self._slots_EX)))[0].tolist()

@@ -374,9 +374,13 @@ class ExpertDispatcher:
         """
         self._dispatcher.check(x_TH, topk_ids_TK, topk_weights_TK)
         slots = self._chooser.choose(topk_ids_TK)
-        return self._dispatcher.start_dispatch(
-            x_TH, slots, topk_weights_TK, expand=expand, tag=self._layer, handle=handle
-        )
+        try:
+            return self._dispatcher.start_dispatch(
+                x_TH, slots, topk_weights_TK, expand=expand, tag=self._layer, handle=handle
+            )
+        except ConfigError:
+            self._chooser.check(topk_ids_TK)  # say it in terms of experts
+            raise
 
     def combine(self, expert_out: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
         """See comm.dispatch.Dispatcher.combine."""

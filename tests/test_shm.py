@@ -691,7 +691,7 @@ IMPOSSIBLE_PARCELS = {  # bytes, and the note: rows, whether they are here, rows
 def test_a_parcel_that_cannot_be_is_an_error_that_names_the_rank(case):
     num_bytes, note = IMPOSSIBLE_PARCELS[case]
     with Pair() as pair:
-        pair.ranks[1]._parcels.post(np.zeros(num_bytes, np.uint8), [0, num_bytes, num_bytes], np.array([note, note]))
+        pair.ranks[1]._parcels.post(np.zeros(num_bytes, np.uint8), [0, num_bytes, num_bytes], [note, note])
         with pytest.raises(MoeRuntimeError, match="phase dispatch.*rank 1") as caught:
             pair.ranks[0].start_rows([16, 16], [10, 10], [10, 10], lambda begin, end, out: out.zero_(), "dispatch")()
         assert ("where this rank expects" if "another" in case else "cannot be") in str(caught.value)
@@ -714,7 +714,7 @@ def test_a_place_for_parcels_that_no_rank_can_have_left_is_an_error(number, leng
 @needs_c
 def test_a_rank_that_does_not_take_its_parcels_is_found_out():
     with Pair() as pair:
-        message, notes = np.zeros(16, np.uint8), np.zeros((2, 5), np.int64)
+        message, notes = np.zeros(16, np.uint8), [[0] * 5] * 2
         for _ in range(window.PLACES):
             pair.ranks[1]._parcels.post(message, [0, 16, 16], notes)
         with pytest.raises(frames.Broken, match="rank 0 are not taken in turn"):
@@ -726,12 +726,12 @@ def test_wrong_arguments_for_parcels_are_value_errors():
     memory = mmap.mmap(-1, 1 << 16)
     numbers, notes, bounds = np.array([1, 1]), np.zeros((2, 5), np.int64), np.array([0, 16, 32])
     message, lengths, waited = np.zeros(32, np.uint8), np.array([-1, -1]), np.zeros(2, np.int64)
-    pairs = np.array([[0, 16], [16, 32]])
     post = dict(windows=(memory, memory), rank=0, at=4096, place_bytes=4096, numbers=numbers, notes=notes,
                 message=message, bounds=bounds)  # fmt: skip
     gather = dict(window=memory, at=4096, place_bytes=4096, numbers=numbers, lengths=lengths, notes=notes,
                   waited_ns=waited, spin_ns=0, timeout_ns=0)  # fmt: skip
-    fetch = dict(window=memory, at=4096, place_bytes=4096, numbers=numbers, bounds=pairs, message=message)
+    fetch = dict(window=memory, at=4096, place_bytes=4096, numbers=numbers,
+                 lengths=np.array([16, 8]), shares=np.array([16, 16]), message=message)  # fmt: skip
     read_only = np.frombuffer(bytes(16), np.int64)
     wrong = {
         "parcels_post": (post, dict(windows=[memory, memory]), dict(windows=(memory,)), dict(windows=(b"", memory)),
@@ -744,8 +744,10 @@ def test_wrong_arguments_for_parcels_are_value_errors():
         "parcels_gather": (gather, dict(window=bytes(1 << 16)), dict(at=1 << 16), dict(place_bytes=1 << 16),
                            dict(lengths=lengths[:1]), dict(lengths=read_only), dict(notes=notes[:, :4].copy()),
                            dict(waited_ns=waited[:1]), dict(waited_ns=lengths), dict(window=None)),
-        "parcels_fetch": (fetch, dict(bounds=bounds), dict(bounds=pairs[:1]), dict(bounds=pairs[:, ::-1].copy()),
-                          dict(bounds=pairs + 1), dict(message=bytes(32)), dict(at=1 << 40), dict(numbers=numbers + 9)),
+        "parcels_fetch": (fetch, dict(shares=bounds), dict(lengths=bounds), dict(shares=np.array([16, 17])),
+                          dict(shares=np.array([-16, 16])), dict(shares=np.array([1 << 62, 1 << 62])),
+                          dict(lengths=np.array([17, 0])), dict(lengths=np.array([-1, 0])), dict(message=bytes(32)),
+                          dict(at=1 << 40), dict(numbers=numbers + 9)),
     }  # fmt: skip
     for name, (right, *changes) in wrong.items():
         function = getattr(native.extension, name)
@@ -754,7 +756,7 @@ def test_wrong_arguments_for_parcels_are_value_errors():
                 function(*(right | change).values())
     post["windows"] = (mmap.mmap(-1, 1 << 16), memory)
     assert native.extension.parcels_post(*post.values()) is None
-    assert native.extension.parcels_gather(*(gather | dict(timeout_ns=10**7)).values()) == 0  # rank 1 sent nothing
+    assert native.extension.parcels_gather(*(gather | dict(timeout_ns=10**7)).values()) == -1  # rank 1 sent nothing
     assert lengths.tolist() == [16, -1] and waited[1] >= 10**7
 
 

@@ -290,15 +290,15 @@ static void test_places(void) {
     const size_t room = PLACE_BYTES - EXCHANGE_LINE;
     unsigned char message[PLACE_BYTES] = {1}, got[PLACE_BYTES];
     const int64_t note[EXCHANGE_NOTE] = {5, -4, 3, -2, 1}, numbers[2] = {0, 1};
-    int64_t lengths[2] = {7, -1}, waited[2] = {0, 0}, notes[2 * EXCHANGE_NOTE];
+    int64_t took = 0, lengths[2] = {7, -1}, waited[2] = {0, 0}, notes[2 * EXCHANGE_NOTE];
     REQUIRE(exchange_post(&right, 1, 0, note, message, 1) == EXCHANGE_BAD_ARGUMENT);
     REQUIRE(exchange_post(&right, 2, 1, note, message, 1) == EXCHANGE_BAD_ARGUMENT);
     REQUIRE(exchange_post(&right, 1, 1, note, message, room + 1) == EXCHANGE_BAD_ARGUMENT);
-    REQUIRE(exchange_gather(&right, numbers, lengths, notes, waited, 0, 1000000) == EXCHANGE_TIMEOUT);
+    REQUIRE(exchange_gather(&right, numbers, lengths, notes, waited, 0, 1000000, &took) == EXCHANGE_TIMEOUT && took >= 1000000);
     REQUIRE(lengths[1] == -1 && waited[1] >= 1000000 && waited[0] == 0);
     REQUIRE(exchange_fetch(&right, 1, 1, got, 1) == EXCHANGE_CORRUPT);
     REQUIRE(exchange_post(&right, 1, 1, note, message, room) == EXCHANGE_OK);
-    REQUIRE(exchange_gather(&right, numbers, lengths, notes, waited, 0, 0) == EXCHANGE_OK);
+    REQUIRE(exchange_gather(&right, numbers, lengths, notes, waited, 0, 0, &took) == EXCHANGE_OK);
     REQUIRE(lengths[0] == 7 && lengths[1] == (int64_t)room);
     REQUIRE(memcmp(notes + EXCHANGE_NOTE, note, sizeof note) == 0);
     REQUIRE(exchange_post(&right, 1, 2, note, NULL, 0) == EXCHANGE_OK);
@@ -317,7 +317,7 @@ static void *trade(void *argument) {
     unsigned char message[PLACE_BYTES];
     for (int64_t number = 1; number <= TRADES; number++) {
         const int64_t note[EXCHANGE_NOTE] = {number, (int64_t)me};
-        int64_t numbers[TRADERS], lengths[TRADERS], waited[TRADERS] = {0}, notes[TRADERS * EXCHANGE_NOTE];
+        int64_t took, numbers[TRADERS], lengths[TRADERS], waited[TRADERS] = {0}, notes[TRADERS * EXCHANGE_NOTE];
         for (size_t peer = 0; peer < TRADERS; peer++) {
             numbers[peer] = peer == me ? 0 : number;
             lengths[peer] = -1;
@@ -328,7 +328,7 @@ static void *trade(void *argument) {
             REQUIRE(exchange_post(&to, me, (uint64_t)number, note, message, length) == EXCHANGE_OK);
         }
         const exchange_status status =
-            exchange_gather(&mine, numbers, lengths, notes, waited, number % 2 * 1000, 20 * second);
+            exchange_gather(&mine, numbers, lengths, notes, waited, number % 2 * 1000, 20 * second, &took);
         REQUIRE(status == EXCHANGE_OK || status == EXCHANGE_SLEPT);
         for (size_t peer = 0; peer < TRADERS; peer++) {
             if (peer == me) continue;
