@@ -1,7 +1,8 @@
-"""Compiles the C sources with their own test programs under sanitizers, and runs those."""
+"""Compiles the C sources with their own test programs under sanitizers, and runs those; and for ARM, emulated."""
 
 from __future__ import annotations
 
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -60,3 +61,51 @@ def test_under_sanitizers(find_compiler, tmp_path, program, sources, flags, sani
     result = run(tmp_path / program, *arguments)
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
     assert result.stdout.strip().endswith("passed"), result.stdout
+
+
+# ---------------------------------------------------------------- ARM: the hosts of many accelerators
+
+EMULATOR = ("qemu-aarch64", "qemu-aarch64-static")
+ARM_NEEDS = "on Debian: apt-get install gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user"
+
+
+@pytest.fixture(scope="module")
+def arm() -> tuple[str, list[str]]:
+    """(a C compiler for AArch64, the command before its programs); on such a machine its own, and none."""
+    if platform.machine() == "aarch64" and shutil.which("cc"):
+        return "cc", []
+    compiler, emulator = shutil.which("aarch64-linux-gnu-gcc"), next(filter(None, map(shutil.which, EMULATOR)), None)
+    if compiler is None or emulator is None:
+        pytest.skip(f"no C compiler for AArch64, or no emulator of it, is on PATH; {ARM_NEEDS}")
+    return compiler, [emulator]
+
+
+@pytest.mark.parametrize(
+    "program, sources, flags, arguments",
+    [
+        pytest.param("test_plan", ["plan.c"], ["-O2"], [], id="plan"),
+        pytest.param("test_rows", ["rows.c", "simd.c"], ROWS, ["20000"], id="rows"),
+        pytest.param("test_exchange", ["exchange.c"], ["-O2"], [], id="exchange"),
+    ],
+)
+def test_on_arm(arm, tmp_path, program, sources, flags, arguments):
+    """NEON is part of AArch64, so the plain loops are vectorised; results are compared with the same definitions."""
+    compiler, before = arm
+    own = [flag for flag in FLAGS if "sanitize" not in flag]
+    built = run(
+        compiler, *own, *flags, "-static", "-I", CSRC, TESTS / "native" / f"{program}.c",
+        *(CSRC / source for source in sources), "-lm", "-o", tmp_path / program,
+    )  # fmt: skip
+    assert built.returncode == 0 and "warning:" not in built.stderr, built.stderr
+    result = run(*before, tmp_path / program, *arguments)
+    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+    assert result.stdout.strip().endswith("passed"), result.stdout
+
+
+def test_every_source_compiles_for_arm(arm, tmp_path):
+    """All of csrc/ but the binding, which needs that machine's Python."""
+    own = [flag for flag in FLAGS if "sanitize" not in flag]
+    for source in sorted(CSRC.glob("*.c")):
+        if source.name != "binding.c":
+            built = run(arm[0], *own, *ROWS, "-c", source, "-o", tmp_path / "object.o")
+            assert built.returncode == 0 and "warning:" not in built.stderr, f"{source.name}: {built.stderr}"

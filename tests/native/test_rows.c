@@ -1,6 +1,7 @@
 /* csrc/rows.c and csrc/simd.c against their definitions, every set of instructions against the portable one, and random
  * calls against plain loops. tests/test_native.py builds it with sanitizers; every buffer is a heap block of exactly
- * its size, so that one byte too far is caught. "threads" as the only argument runs what several threads do at once. */
+ * its size, so that one byte too far is caught. "threads" as the only argument runs what several threads do at once,
+ * a number so many random calls. */
 
 #include "rows.h"
 
@@ -627,7 +628,7 @@ int main(int count, char **arguments) {
     test_sets_agree();
     test_layouts_that_do_not_fit();
     test_rows_of_nothing_may_claim_any_number();
-    test_random_calls(1000000);
+    test_random_calls(count > 1 ? atoll(arguments[1]) : 1000000);
     test_threads();
     printf("rows (%s and %d more): all cases passed\n", simd_at(0)->name, simd_count() - 1);
     return 0;
