@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..core.errors import ConfigError
-from ..core.placement import Placement
+from ...core.errors import ConfigError
+from ...core.placement import Placement
 
 __all__ = ["Placement", "apportion", "from_owners", "proportional"]
 

@@ -1,0 +1,147 @@
+"""Plans on disk: our JSON with a schema version, and the forms that SGLang, vLLM and vllm-ascend take."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...core.errors import ConfigError
+from ...core.files import write_atomically
+from ...core.placement import Placement
+from .eplb import invert
+from .model import Ranks
+from .planner import Plan
+
+SCHEMA = 1
+_FIELDS = ("slot_expert", "slot_rank", "slot_share", "num_experts", "num_ranks")
+_PLAN_FIELDS = ("cost", "fixed", "node", "load", "policy", "equal", "note")
+
+
+def save_plan(plan: Placement, path: str | Path) -> None:
+    """Writes a Plan, or a bare Placement, as JSON; the file appears whole or not at all. Numbers survive exactly."""
+    found: dict[str, Any] = {"schema": SCHEMA, "kind": "moe-runtime plan"}
+    found |= {name: _plain(getattr(plan, name)) for name in _FIELDS}
+    if isinstance(plan, Plan):
+        ranks = {name: _plain(getattr(plan.ranks, name)) for name in ("cost", "fixed", "node")}
+        found["plan"] = ranks | {name: _plain(getattr(plan, name)) for name in ("load", "policy", "equal", "note")}
+    _write_json(path, found)
+
+
+def load_plan(path: str | Path) -> Placement:
+    """Reads what save_plan wrote: a Plan, or a Placement. Raises ConfigError: which file, what is wrong, what to do."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the plan ({error.strerror}); check the path") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}; write the plan again with save_plan") from None
+    if not isinstance(found, dict) or found.get("kind") != "moe-runtime plan":
+        raise ConfigError(f"{path}: no plan of moe-runtime; write it with save_plan")
+    if found.get("schema") != SCHEMA:
+        raise ConfigError(f"{path}: plan schema {found.get('schema')!r}, this version reads {SCHEMA}; plan again")
+    parts = found.get("plan")
+    missing = [name for name in _FIELDS if name not in found]
+    missing += [f"plan.{name}" for name in _PLAN_FIELDS if isinstance(parts, dict) and name not in parts]
+    if missing:
+        raise ConfigError(f"{path}: {missing[0]} missing; write the plan again with save_plan")
+    try:
+        slot_rank = np.array(found["slot_rank"], dtype=np.int32)
+        fields = (
+            np.array(found["slot_expert"], dtype=np.int32),
+            slot_rank,
+            np.array(found["slot_share"], dtype=np.float64),
+            int(found["num_experts"]),
+            int(found["num_ranks"]),
+        )
+        if not isinstance(parts, dict):
+            return Placement(*fields)
+        slots = np.bincount(slot_rank, minlength=fields[4]).astype(np.int64)
+        cost, fixed = (np.array(parts[name], dtype=np.float64) for name in ("cost", "fixed"))
+        ranks = Ranks(cost, fixed, slots, np.array(parts["node"], dtype=np.int64))
+        load = np.array(parts["load"], dtype=np.float64)
+        if (
+            load.shape != (len(fields[0]), fields[3])
+            or not cost.shape == fixed.shape == ranks.node.shape == slots.shape
+        ):
+            raise ConfigError("the load or the ranks do not fit the slots")
+        return Plan(*fields, ranks, load, str(parts["policy"]), bool(parts["equal"]), str(parts["note"]))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}; write the plan again with save_plan") from None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: a table of the plan is damaged ({error}); write it again with save_plan") from None
+
+
+def export_sglang(plan: Placement, path: str | Path, layers: Sequence[int] | None = None, num_layers: int = 0) -> None:
+    """Writes {"physical_to_logical_map": [layers][S]}, for SGLang's --init-expert-location.
+
+    SGLang counts all layers of the model and takes equal numbers of slots per rank and equal shares. `layers`: the
+    numbers of the plan's MoE layers in the model (as in a LoadTrace); the others, up to `num_layers`, get experts in
+    order. Raises ConfigError when ranks hold unequal numbers of slots.
+    """
+    _equal_slots(plan, "SGLang")
+    _write_json(path, {"physical_to_logical_map": _all_layers(plan, layers, num_layers).tolist()})
+
+
+def export_vllm(plan: Placement, path: str | Path) -> None:
+    """Writes the three tables of vLLM's EPLB state, MoE layers only, as JSON.
+
+    physical_to_logical_map [L][S], logical_to_physical_map [L][E][X] padded with -1, logical_replica_count [L][E].
+    vLLM reads no file of these itself: pass them where its rebalance_experts would return them. Needs equal numbers
+    of slots per rank; shares are equal there.
+    """
+    _equal_slots(plan, "vLLM")
+    slots, count = invert(plan.slot_expert, plan.num_experts)
+    _write_json(
+        path,
+        {
+            "physical_to_logical_map": plan.slot_expert.tolist(),
+            "logical_to_physical_map": slots.tolist(),
+            "logical_replica_count": count.tolist(),
+        },
+    )
+
+
+def export_vllm_ascend(plan: Placement, path: str | Path) -> None:
+    """Writes vllm-ascend's expert map: for each MoE layer the experts of each device."""
+    _equal_slots(plan, "vllm-ascend")
+    layer_list = [
+        {
+            "layer_id": layer,
+            "device_count": plan.num_ranks,
+            "device_list": [
+                {"device_id": rank, "device_expert": plan.rank_experts(layer, rank)} for rank in range(plan.num_ranks)
+            ],
+        }
+        for layer in range(plan.num_layers)
+    ]
+    _write_json(path, {"moe_layer_count": plan.num_layers, "layer_list": layer_list})
+
+
+def _all_layers(plan: Placement, layers: Sequence[int] | None, num_layers: int) -> np.ndarray:
+    layers = list(range(plan.num_layers)) if layers is None else list(layers)
+    if len(layers) != plan.num_layers or any(layer < 0 for layer in layers):
+        raise ConfigError(f"export: {len(layers)} layer numbers for a plan of {plan.num_layers} layers")
+    table = np.tile(np.arange(plan.num_slots) % plan.num_experts, (max(num_layers, max(layers) + 1), 1))
+    table[layers] = plan.slot_expert
+    return table
+
+
+def _equal_slots(plan: Placement, whose: str) -> None:
+    counts = np.bincount(plan.slot_rank, minlength=plan.num_ranks)
+    if np.ptp(counts):
+        raise ConfigError(
+            f"export: {whose} takes equal numbers of slots per rank, this plan has {counts.min()} to {counts.max()}; "
+            "plan with the same slots for every rank"
+        )
+
+
+def _write_json(path: str | Path, found: dict[str, Any]) -> None:
+    write_atomically(path, lambda file: file.write(json.dumps(found).encode()))
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray) else value
