@@ -184,7 +184,7 @@ def test_json_is_one_object_with_every_subject_at_every_size(ran):
     assert ran.returncode == 0, ran.stderr
     report = json.loads(ran.stdout)
     (made,) = report["worlds"]
-    assert (report["transport"], report["malloc"], report["hidden"]) == ("shm", "keep", 256)
+    assert (report["transport"], report["malloc"], report["hidden"]) == ("shm", "system", 256)
     assert {(row["tokens"], row["subject"]) for row in report["rows"]} == {(t, s) for t in (1, 128) for s in SUBJECTS}
     for row in report["rows"]:
         assert (row["ranks"], row["dtype"]) == (2, "fp8")
