@@ -14,9 +14,25 @@ setup(
     ext_modules=[
         Extension(
             "moe_runtime._C",
-            sources=["csrc/binding.c", "csrc/plan.c", "csrc/exchange.c", "csrc/rows.c", "csrc/simd.c"],
-            depends=["csrc/plan.h", "csrc/exchange.h", "csrc/rows.h", "csrc/simd.h", "csrc/simd_loops.h"],
+            sources=[
+                "csrc/binding.c",
+                "csrc/plan.c",
+                "csrc/exchange.c",
+                "csrc/rows.c",
+                "csrc/simd.c",
+                "csrc/experts.c",
+            ],
+            depends=[
+                "csrc/plan.h",
+                "csrc/exchange.h",
+                "csrc/rows.h",
+                "csrc/simd.h",
+                "csrc/simd_loops.h",
+                "csrc/experts.h",
+                "csrc/experts_tile.h",
+            ],
             include_dirs=["csrc"],
+            libraries=["m"],
             extra_compile_args=["-std=c11", "-O3", "-Wall", "-Wextra", "-fvisibility=hidden", *SAME_BITS],
             optional=True,
         )

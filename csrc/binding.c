@@ -8,8 +8,13 @@
 #include <Python.h>
 
 #include <string.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
 
 #include "exchange.h"
+#include "experts.h"
 #include "plan.h"
 #include "rows.h"
 
@@ -474,7 +479,7 @@ static PyObject *exchange_await(PyObject *module, PyObject *const *objects, Py_s
  * instructions, "" the best there is; the results are the same. moe_runtime.comm.rows is the public face.
  */
 
-enum { MAX_TABLES = 5 };
+enum { MAX_TABLES = 6 };
 
 typedef enum { BYTE_ROWS, FLOAT32S, SUM_FLOATS, INT64S, INT32S } table_content; /* SUM_FLOATS: float32 or float64 */
 typedef enum { NEEDED = 0, OR_NONE = 1 } presence;
@@ -946,10 +951,15 @@ static PyObject *dequantize_rows(PyObject *module, PyObject *const *objects, Py_
         take_dtype(objects[6], "dtype", 0, ROWS_NUM_ROW_DTYPES, &dtype) == 0 &&
         (columns = take_columns(&held, 2, dtype)) >= 0 && check_shape(&held, 0, num_rows, columns) == 0 &&
         take_blocks(&held, num_rows, columns, 1, objects + 3, &block_rows, &block_columns) == 0) {
+        const int is_weight = wire == ROWS_E4M3FN && dtype == ROWS_BFLOAT16 && block_rows == EXPERTS_BLOCK &&
+                              block_columns == EXPERTS_BLOCK;
         rows_status status;
         Py_BEGIN_ALLOW_THREADS
-        status = rows_dequantize(loops, wire, as_input(&held.views[0]), columns, held.views[1].buf, block_rows,
-                                 block_columns, dtype, as_output(&held.views[2]));
+        status = is_weight
+                     ? experts_dequantize(loops, as_input(&held.views[0]), columns, held.views[1].buf,
+                                          as_output(&held.views[2]))
+                     : rows_dequantize(loops, wire, as_input(&held.views[0]), columns, held.views[1].buf, block_rows,
+                                       block_columns, dtype, as_output(&held.views[2]));
         Py_END_ALLOW_THREADS
         result = rows_result(status, &(rows_fault){0, 0}, 0, num_rows);
     }
@@ -985,6 +995,156 @@ static PyObject *simd_names(PyObject *module, PyObject *const *objects, Py_ssize
 }
 
 /* ---- end of rows ------------------------------------------------------------------------------------------------ */
+
+/* ---- experts: products of few rows with experts' weights (experts.c); the caller is experts/compute.py ----------
+ *
+ * Rows and weights are bytes, as above. Weights [S, N, K] come as their S * N rows; rows_per_slot says what S is.
+ */
+
+PyDoc_STRVAR(experts_product_doc,
+             "experts_product(x, x_dtype, row_index, weights, dtype, scales, rows_per_slot, out, out_dtype, part, parts, "
+             "simd)\n--\n\n"
+             "Writes part `part` of `parts` of out bytes [M, N * item]: x's row row_index[m] times the weights of the\n"
+             "slot that pair m is of.\n\n"
+             "x bytes [T, K * item]; row_index [M] int64 or None for 0..M-1; weights bytes [S * N, K * item]; scales\n"
+             "[S * ceil(N / 128), ceil(K / 128)] float32 for float8_e4m3fn weights, else None; rows_per_slot [S] int64,\n"
+             "which adds up to M.");
+
+static PyObject *experts_result(experts_status status, const rows_fault *fault, Py_ssize_t num_rows,
+                                Py_ssize_t num_pairs) {
+    const long long row = fault->row, value = fault->value;
+    switch (status) {
+    case EXPERTS_OK:
+        return Py_NewRef(Py_None);
+    case EXPERTS_BAD_ROW:
+        return PyErr_Format(PyExc_ValueError, "row_index: pair %lld is of row %lld, which is not in 0..%zd", row, value,
+                            num_rows - 1);
+    case EXPERTS_BAD_COUNT:
+        return PyErr_Format(PyExc_ValueError,
+                            "rows_per_slot: entry %lld (%lld) does not fit the %zd pairs that its entries add up to",
+                            row, value, num_pairs);
+    default:
+        return PyErr_Format(PyExc_SystemError, "moe_runtime._C: experts.c answered %d", (int)status);
+    }
+}
+
+/* The sizes of the weights views[1] and their scales views[2], of which x and out say N and K. */
+static int take_weights(experts_weights *weights, const tables *held, Py_ssize_t num_inputs, Py_ssize_t num_outputs) {
+    const Py_ssize_t num_slots = held->views[4].shape[0], columns = take_columns(held, 1, weights->dtype);
+    if (columns < 0) return -1;
+    if (columns != num_inputs) return refuse("weights", "must have as many inputs as x has columns");
+    if (num_outputs > 0 && num_slots > PY_SSIZE_T_MAX / num_outputs) return refuse("weights", "has too many rows");
+    if (held->views[1].shape[0] != num_slots * num_outputs) {
+        return refuse("weights", "must have a row for each slot of rows_per_slot and each column of out");
+    }
+    if (!PyBuffer_IsContiguous(&held->views[1], 'C')) return refuse("weights", "must be C-contiguous");
+    if ((weights->dtype == ROWS_E4M3FN) != (held->views[2].obj != NULL)) {
+        return refuse("scales", "are needed for float8_e4m3fn weights, and for no others");
+    }
+    weights->values = held->views[1].buf;
+    weights->scales = held->views[2].buf;
+    weights->num_slots = (int64_t)num_slots;
+    weights->num_outputs = (int64_t)num_outputs;
+    weights->num_inputs = (int64_t)num_inputs;
+    const Py_ssize_t down = (Py_ssize_t)rows_num_blocks(num_outputs, EXPERTS_BLOCK);
+    return held->views[2].obj == NULL
+               ? 0
+               : check_shape(held, 2, num_slots * down, (Py_ssize_t)rows_num_blocks(num_inputs, EXPERTS_BLOCK));
+}
+
+static PyObject *experts_product_(PyObject *const *objects, const tables *held) {
+    rows_dtype x_dtype, out_dtype;
+    experts_weights weights;
+    experts_part part;
+    Py_ssize_t num_inputs, num_outputs;
+    const Py_buffer *views = held->views;
+    const Py_ssize_t num_pairs = views[5].shape[0];
+    const simd_loops *loops = take_loops(objects[11]);
+    if (loops == NULL || take_dtype(objects[1], "x_dtype", 0, ROWS_NUM_ROW_DTYPES, &x_dtype) != 0 ||
+        take_dtype(objects[4], "dtype", 0, ROWS_E4M3FN + 1, &weights.dtype) != 0 ||
+        take_dtype(objects[8], "out_dtype", 0, ROWS_NUM_ROW_DTYPES, &out_dtype) != 0 ||
+        take_size(objects[9], "part", 0, &part.index) != 0 || take_size(objects[10], "parts", 1, &part.count) != 0) {
+        return NULL;
+    }
+    if (x_dtype == ROWS_FLOAT64 || weights.dtype == ROWS_FLOAT64 || out_dtype == ROWS_FLOAT64) {
+        PyErr_SetString(PyExc_ValueError, "dtype: float64 has no meaning here");
+        return NULL;
+    }
+    if (part.index >= part.count) {
+        PyErr_SetString(PyExc_ValueError, "part: must be below parts");
+        return NULL;
+    }
+    if ((num_inputs = take_columns(held, 0, x_dtype)) < 0 || (num_outputs = take_columns(held, 5, out_dtype)) < 0 ||
+        take_weights(&weights, held, num_inputs, num_outputs) != 0) {
+        return NULL;
+    }
+    if (views[3].obj == NULL && num_pairs != views[0].shape[0]) {
+        return PyErr_Format(PyExc_ValueError, "out: must have %zd rows, those of x", views[0].shape[0]);
+    }
+    if (views[3].obj != NULL && check_shape(held, 3, num_pairs, 0) != 0) return NULL;
+    if (num_outputs == 0) return Py_NewRef(Py_None); /* rows of no bytes may claim any number; nothing to write */
+    float *scratch = allocate_scratch((Py_ssize_t)experts_scratch(num_inputs), sizeof *scratch);
+    if (scratch == NULL) return NULL;
+    rows_fault fault = {0, 0};
+    experts_status status;
+    Py_BEGIN_ALLOW_THREADS
+    status = experts_product(loops, &weights, x_dtype, as_input(&views[0]), views[3].buf, views[4].buf, out_dtype,
+                             as_output(&views[5]), part, scratch, &fault);
+    Py_END_ALLOW_THREADS
+    PyMem_Free(scratch);
+    return experts_result(status, &fault, views[0].shape[0], num_pairs);
+}
+
+static PyObject *experts_product_method(PyObject *module, PyObject *const *objects, Py_ssize_t num_objects) {
+    static const table_rule rules[] = {
+        {"x", 2, BYTE_ROWS, INPUT, NEEDED},           {"weights", 2, BYTE_ROWS, INPUT, NEEDED},
+        {"scales", 2, FLOAT32S, INPUT, OR_NONE},      {"row_index", 1, INT64S, INPUT, OR_NONE},
+        {"rows_per_slot", 1, INT64S, INPUT, NEEDED},  {"out", 2, BYTE_ROWS, OUTPUT, NEEDED},
+    };
+    (void)module;
+    tables held;
+    if (check_count(num_objects, 12) != 0) return NULL;
+    PyObject *const arrays[] = {objects[0], objects[3], objects[5], objects[2], objects[6], objects[7]};
+    if (hold_tables(&held, rules, 6, arrays) != 0) return NULL;
+    PyObject *result = experts_product_(objects, &held);
+    release_tables(&held);
+    return result;
+}
+
+PyDoc_STRVAR(experts_is_fast_doc,
+             "experts_is_fast(simd)\n--\n\n"
+             "Whether this set multiplies and adds in one instruction; where it does not, experts_product is right\n"
+             "but slow.");
+
+static PyObject *experts_is_fast_method(PyObject *module, PyObject *const *objects, Py_ssize_t num_objects) {
+    (void)module;
+    if (check_count(num_objects, 1) != 0) return NULL;
+    const simd_loops *loops = take_loops(objects[0]);
+    return loops == NULL ? NULL : PyBool_FromLong(experts_is_fast(loops));
+}
+
+PyDoc_STRVAR(use_huge_pages_doc,
+             "use_huge_pages(rows)\n--\n\n"
+             "Asks the system for large pages behind these bytes [R, C], which nobody has touched yet; whether it took\n"
+             "note. Weights are then read faster where processors look up many pages at once.");
+
+static PyObject *use_huge_pages(PyObject *module, PyObject *const *objects, Py_ssize_t num_objects) {
+    static const table_rule rules[] = {{"rows", 2, BYTE_ROWS, OUTPUT, NEEDED}};
+    (void)module;
+    tables held;
+    if (check_count(num_objects, 1) != 0 || hold_tables(&held, rules, 1, objects) != 0) return NULL;
+    int taken = 0;
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), start = (uintptr_t)held.views[0].buf;
+    const uintptr_t end = (start + (uintptr_t)extent(&held.views[0], BYTE_ROWS)) / page * page;
+    const uintptr_t begin = (start + page - 1) / page * page;
+    taken = begin < end && madvise((void *)begin, end - begin, MADV_HUGEPAGE) == 0;
+#endif
+    release_tables(&held);
+    return PyBool_FromLong(taken);
+}
+
+/* ---- end of experts --------------------------------------------------------------------------------------------- */
 
 /* ---- shared memory: parcels (exchange.c); the caller is comm/parcels.py ----------------------------------------- */
 
@@ -1193,8 +1353,11 @@ static PyObject *parcels_fetch(PyObject *module, PyObject *const *objects, Py_ss
 
 static PyMethodDef methods[] = {
     METHOD(dispatch_count), METHOD(dispatch_fill), METHOD(expand_count), METHOD(expand_fill),
-    METHOD(pack_rows), METHOD(unpack_rows), METHOD(gather_rows), METHOD(sum_rows), METHOD(quantize_rows), METHOD(dequantize_rows),
-    METHOD(simd_name), METHOD(simd_names),
+    METHOD(pack_rows), METHOD(unpack_rows), METHOD(gather_rows), METHOD(sum_rows), METHOD(quantize_rows),
+    METHOD(dequantize_rows), METHOD(simd_name), METHOD(simd_names),
+    {"experts_product", (PyCFunction)(void (*)(void))experts_product_method, METH_FASTCALL, experts_product_doc},
+    {"experts_is_fast", (PyCFunction)(void (*)(void))experts_is_fast_method, METH_FASTCALL, experts_is_fast_doc},
+    METHOD(use_huge_pages),
     METHOD(exchange_control_bytes), METHOD(exchange_send), METHOD(exchange_receive), METHOD(exchange_look),
     METHOD(exchange_await), METHOD(parcels_post), METHOD(parcels_gather), METHOD(parcels_fetch), {NULL, NULL, 0, NULL},
 };

@@ -22,17 +22,23 @@ _NAMES = {
 
 
 def dequantize_blocks(
-    weight: torch.Tensor, scale_inv: torch.Tensor, dtype: torch.dtype, block: tuple[int, int] = (BLOCK, BLOCK)
+    weight: torch.Tensor,
+    scale_inv: torch.Tensor,
+    dtype: torch.dtype,
+    block: tuple[int, int] = (BLOCK, BLOCK),
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """[rows, cols] float8 and [ceil(rows/b0), ceil(cols/b1)] float32 to [rows, cols] in `dtype`.
 
-    Raises ValueError when the scales do not cover the weight.
+    `out`, where given, is filled and returned: contiguous, in `dtype`; not differentiable then. Raises ValueError when
+    the scales do not cover the weight.
     """
-    differentiable = scale_inv.requires_grad and torch.is_grad_enabled()
+    differentiable = scale_inv.requires_grad and torch.is_grad_enabled() and out is None
     if differentiable or weight.dtype != torch.float8_e4m3fn or not _takes_c(dtype, weight, scale_inv):
-        return dequantize_blocks_torch(weight, scale_inv, dtype, block)
+        values = dequantize_blocks_torch(weight, scale_inv, dtype, block)
+        return values if out is None else out.copy_(values)
     _check_scales(weight, scale_inv, block)
-    values = torch.empty(weight.shape, dtype=dtype)
+    values = torch.empty(weight.shape, dtype=dtype) if out is None else out
     scales = scale_inv.detach().float().contiguous().numpy()
     native.extension.dequantize_rows(
         byte_rows(weight), _NAMES[weight.dtype], scales, *block, byte_rows(values), _NAMES[dtype], ""

@@ -21,6 +21,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, bui
 
 from .checkpoint import CheckpointReader
 from .core.errors import CheckpointError, ConfigError
+from .core.tensors import empty_weights
 from .experts.fp8 import BLOCK
 from .layer import experts_modules
 
@@ -164,7 +165,7 @@ def _fill_experts(
     meta = getattr(module, name)
     fp8 = keep_fp8 and reader.is_fp8(source.keys_of[target][0][1])
     stored = torch.float8_e4m3fn if fp8 else dtype
-    part = torch.empty(meta.shape, dtype=torch.uint8 if fp8 else stored, device=device)
+    part = empty_weights(meta.shape, torch.uint8 if fp8 else stored, device)
     scales: list[torch.Tensor] = []
     for slot, expert in enumerate(placement.rank_experts(layer, rank)):
         if fp8:  # the conversion rules move bytes; torch has no concatenation of float8 on CPU

@@ -29,6 +29,7 @@ from .core.config import RuntimeConfig
 from .core.errors import CheckpointError, ConfigError, VendorUnavailable
 from .core.memory import pool
 from .core.placement import Placement
+from .experts import compute
 from .experts.placement import proportional
 from .experts.routing import ReplicaChooser
 from .layer import experts_modules
@@ -298,12 +299,9 @@ class Runtime:
             f"torch {torch.__version__}, {torch.get_num_threads()} threads",
             f"transport: {self.transport.name}, deadline {self.config.timeout_s:g} s",
             native.describe(),
-            "expert compute: "
-            + (
-                "transformers' experts function"
-                if self.config.expert_kernel == "transformers"
-                else "grouped, per expert"
-            ),
+            "expert compute: transformers' experts function"
+            if self.config.expert_kernel == "transformers"
+            else compute.describe(),
             "combine: "
             + ("one row per (token, expert)" if self.config.per_expert_sums else "one partial sum per (token, rank)"),
         ]

@@ -15,6 +15,7 @@ FLAGS = ["-std=c11", "-g", "-Wall", "-Wextra", "-fno-sanitize-recover=all", "-pt
 MEMORY, THREADS = "address,undefined", "thread"
 # As setup.py builds them: other flags would test other loops.
 ROWS = ["-O3", "-ffp-contract=off", "-fno-trapping-math"]
+EXPERTS = ["experts.c", "rows.c", "simd.c"]
 
 
 def run(*command: str | Path, seconds: int = 300) -> subprocess.CompletedProcess[str]:
@@ -48,6 +49,8 @@ def find_compiler(tmp_path_factory):
         pytest.param("test_plan", ["plan.c"], ["-O1"], MEMORY, [], id="plan"),
         pytest.param("test_rows", ["rows.c", "simd.c"], ROWS, MEMORY, [], id="rows"),
         pytest.param("test_rows", ["rows.c", "simd.c"], ROWS, THREADS, ["threads"], id="rows-threads"),
+        pytest.param("test_experts", EXPERTS, ROWS, MEMORY, [], id="experts"),
+        pytest.param("test_experts", EXPERTS, ROWS, THREADS, ["threads"], id="experts-threads"),
     ],
 )
 def test_under_sanitizers(find_compiler, tmp_path, program, sources, flags, sanitizer, arguments):

@@ -33,3 +33,11 @@ def aligned(values: torch.Tensor) -> torch.Tensor:
     """
     needed = 8 if values.dtype == torch.uint8 else values.dtype.itemsize
     return values.clone() if values.data_ptr() % needed else values
+
+
+def empty_weights(shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """torch.empty for weights that are read from beginning to end: on large pages where the system gives them."""
+    weights = torch.empty(shape, dtype=dtype, device=device)
+    if takes_c(weights) and weights.dim() > 1 and weights.numel():
+        native.extension.use_huge_pages(byte_rows(weights.view(-1, weights.shape[-1])))
+    return weights
