@@ -89,6 +89,7 @@ def arm() -> tuple[str, list[str]]:
         pytest.param("test_plan", ["plan.c"], ["-O2"], [], id="plan"),
         pytest.param("test_rows", ["rows.c", "simd.c"], ROWS, ["20000"], id="rows"),
         pytest.param("test_exchange", ["exchange.c"], ["-O2"], [], id="exchange"),
+        pytest.param("test_experts", EXPERTS, ROWS, [], id="experts"),
     ],
 )
 def test_on_arm(arm, tmp_path, program, sources, flags, arguments):

@@ -18,7 +18,7 @@ from typing import Any
 
 from ...core import environment
 from ...core.errors import ConfigError, MoeRuntimeError
-from ..machine import free_port
+from ..machine import free_port, resident_bytes
 from .model import machine_line
 
 SHAPE = ("experts", "hidden", "intermediate", "top_k")
@@ -152,7 +152,6 @@ def serve(shape: list[int], threads: int) -> int:
     import torch
 
     import moe_runtime
-    from moe_runtime.launch.bench.load import _status
 
     torch.set_num_threads(threads)
     with moe_runtime.init({"transport": "shm", "device": "cpu"}) as runtime, torch.inference_mode():
@@ -161,7 +160,7 @@ def serve(shape: list[int], threads: int) -> int:
         for line in sys.stdin:
             word, *numbers = line.split()
             if word == "memory":
-                answer: dict[str, float] = {"peak_bytes": _status("VmHWM")}
+                answer: dict[str, float] = {"peak_bytes": resident_bytes(peak=True)}
             else:
                 answer = {"forward": rank.forward, "read": rank.read, "matmul": rank.matmul}[word](*map(int, numbers))
             print(json.dumps(answer), flush=True)
