@@ -1002,8 +1002,8 @@ static PyObject *simd_names(PyObject *module, PyObject *const *objects, Py_ssize
  */
 
 PyDoc_STRVAR(experts_product_doc,
-             "experts_product(x, x_dtype, row_index, weights, dtype, scales, rows_per_slot, out, out_dtype, part, parts, "
-             "simd)\n--\n\n"
+             "experts_product(x, x_dtype, row_index, weights, dtype, scales, rows_per_slot, out, out_dtype, part, "
+             "parts, simd)\n--\n\n"
              "Writes part `part` of `parts` of out bytes [M, N * item]: x's row row_index[m] times the weights of the\n"
              "slot that pair m is of.\n\n"
              "x bytes [T, K * item]; row_index [M] int64 or None for 0..M-1; weights bytes [S * N, K * item]; scales\n"

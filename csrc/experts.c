@@ -112,8 +112,8 @@ static void tile_portable(const tile *t, rows_dtype dtype) {
 #ifdef HAS_X86_SETS
 
 /* Two numbers of 16 bits lie in every 32 bits that are loaded: the even inputs of a group below, the odd ones above.
- * bfloat16 is the upper half of a float32. The bits of e4m3fn are moved to where float16 has sign, exponent and mantissa:
- * that is the value times 2^-8, subnormal ones included, as float16's exponents are biased by 15 instead of 7. Only
+ * bfloat16 is the upper half of a float32. The bits of e4m3fn are moved to where float16 has sign, exponent and
+ * mantissa: that is the value times 2^-8, subnormal ones included, as float16's exponents are biased by 15 instead of 7. Only
  * e4m3fn's nan is no number there: its code is the largest one without the sign. */
 
 #define TILE(name) name##_avx2

@@ -1,5 +1,5 @@
-/* Sums of a tile of rows and outputs for one x86 instruction set: experts.c includes this once for each, with TILE(name)
- * naming the set's functions, TILE_TARGET its instructions, and these defined for it:
+/* Sums of a tile of rows and outputs for one x86 instruction set: experts.c includes this once for each, with
+ * TILE(name) naming the set's functions, TILE_TARGET its instructions, and these defined for it:
  *   TILE(sums): 16 floats in registers; splat(f), load_float(p), add_product(c, a, b): c + a * b rounded once, join(a):
  *   the sum of the 16 in the order of experts.h
  *   TILE(group): the 32 weights of a group, `first` and `second` those that meet the first and the second 16 inputs;
