@@ -4,6 +4,7 @@
 #define _GNU_SOURCE
 
 #include "exchange.h"
+#include "check.h"
 
 #include <pthread.h>
 #include <stdio.h>
@@ -13,15 +14,6 @@
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
-
-/* Not assert(): it must also hold in a build with NDEBUG. */
-#define REQUIRE(condition)                                                                 \
-    do {                                                                                   \
-        if (!(condition)) {                                                                \
-            fprintf(stderr, "%s:%d: does not hold: %s\n", __FILE__, __LINE__, #condition); \
-            _exit(1);                                                                      \
-        }                                                                                  \
-    } while (0)
 
 enum { WRITERS = 3, CHUNKS = 2, CHUNK_BYTES = 4096, MESSAGES = 3000 };
 

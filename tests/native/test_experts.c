@@ -3,6 +3,7 @@
  * size. "threads" as the only argument shares products among threads instead. */
 
 #include "experts.h"
+#include "check.h"
 
 #include <math.h>
 #include <pthread.h>
@@ -10,28 +11,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-/* Not assert(): it must also hold in a build with NDEBUG. */
-#define REQUIRE(condition)                                                                  \
-    do {                                                                                    \
-        if (!(condition)) {                                                                 \
-            fprintf(stderr, "%s:%d: does not hold: %s\n", __FILE__, __LINE__, #condition);  \
-            exit(1);                                                                        \
-        }                                                                                   \
-    } while (0)
-
-static uint64_t random_state = 20260229;
-
-static uint64_t random_bits(void) { /* xorshift64*: the same cases on every machine */
-    random_state ^= random_state >> 12;
-    random_state ^= random_state << 25;
-    random_state ^= random_state >> 27;
-    return random_state * UINT64_C(2685821657736338717);
-}
-
-static int64_t random_in(int64_t low, int64_t high) { /* both included */
-    return high <= low ? low : low + (int64_t)((random_bits() >> 8) % (uint64_t)(high - low + 1));
-}
 
 /* Garbage-filled, so that nothing passes because memory happened to be zero. */
 static void *block(int64_t bytes) {

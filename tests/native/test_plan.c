@@ -2,34 +2,12 @@
  * every buffer is a heap block of exactly its size, so that one item too far is caught. */
 
 #include "plan.h"
+#include "check.h"
 
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-/* Not assert(): it must also hold in a build with NDEBUG. */
-#define REQUIRE(condition)                                                                  \
-    do {                                                                                    \
-        if (!(condition)) {                                                                 \
-            fprintf(stderr, "%s:%d: does not hold: %s\n", __FILE__, __LINE__, #condition);  \
-            exit(1);                                                                        \
-        }                                                                                   \
-    } while (0)
-
-static uint64_t random_state = 20240229;
-
-static uint64_t random_bits(void) { /* xorshift64*: the same cases on every machine */
-    random_state ^= random_state >> 12;
-    random_state ^= random_state << 25;
-    random_state ^= random_state >> 27;
-    return random_state * UINT64_C(2685821657736338717);
-}
-
-/* Uniform enough in low..high, both included. */
-static int64_t random_in(int64_t low, int64_t high) {
-    return low + (int64_t)(random_bits() % (uint64_t)(high - low + 1));
-}
 
 /* Garbage-filled, so that nothing passes because memory happened to be zero. */
 static void *block(int64_t count, size_t item_bytes) {
