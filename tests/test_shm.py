@@ -27,7 +27,8 @@ from ranks import run_ranks
 from test_native import CSRC, TESTS, run
 from test_transports import Outcome, outcome_of
 
-from moe_runtime.comm import frames, window
+from moe_runtime.comm import frames, rendezvous, window
+from moe_runtime.comm.place import ON_CPU
 from moe_runtime.comm.shm import SharedMemoryTransport
 from moe_runtime.core import native
 from moe_runtime.errors import ConfigError, MoeRuntimeError
@@ -659,6 +660,14 @@ IMPOSSIBLE = {
     "a place that overflows": (frames.OPEN, 1, 160, 160, (1 << 63) - 100),
     "rows of another size": (frames.WRITTEN, 1, 1 << 40),
 }
+
+
+def test_auto_leaves_shared_memory_alone_where_the_system_has_none(monkeypatch):
+    assert rendezvous._can_share_memory(ON_CPU)
+    monkeypatch.setattr(os, "memfd_create", lambda name: (_ for _ in ()).throw(PermissionError("not here")))
+    assert not rendezvous._can_share_memory(ON_CPU)
+    monkeypatch.delattr(os, "memfd_create")
+    assert not rendezvous._can_share_memory(ON_CPU)
 
 
 @pytest.mark.parametrize("twin", ["frames", "sockets"], indirect=True)
