@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 
 import numpy as np
@@ -107,3 +108,13 @@ def test_it_is_torch_empty(shape):
     made = Pool().empty(shape, torch.bfloat16)
     assert made.shape == torch.Size(shape) and made.dtype == torch.bfloat16 and made.is_contiguous()
     assert np.prod(shape) == made.numel()
+
+
+def test_a_forked_child_has_memory_of_its_own():
+    array = Pool().bytes(LARGE)
+    array[:] = 1
+    child = os.fork()
+    if child == 0:
+        array[:] = 2
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0 and (array == 1).all()

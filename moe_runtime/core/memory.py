@@ -72,7 +72,8 @@ class Pool:
             block = min(fitting, key=lambda b: len(b.memory))
             self._free.remove(block)
             return block
-        memory = mmap.mmap(-1, -(-num_bytes // _STEP) * _STEP)
+        # Private: a forked child keeps what it sees, and only private memory has huge pages everywhere.
+        memory = mmap.mmap(-1, -(-num_bytes // _STEP) * _STEP, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
         return _Block(memory)
