@@ -361,7 +361,9 @@ def test_there_are_cuda_tests_and_how_to_run_them(capsys):
 ON_CPU = {"device": "cpu", "timeout_s": 60}
 
 
-@pytest.mark.parametrize(("size", "settings", "in_torchs_group"), [(1, ON_CPU, True), (2, ON_CPU, False)])
+@pytest.mark.parametrize(
+    ("size", "settings", "in_torchs_group"), [(1, ON_CPU, True), (2, ON_CPU | {"transport": "gloo"}, False)]
+)
 def test_what_the_worlds_call_runs_on_cpus(size, settings, in_torchs_group):
     assert run_ranks(exchanges, size, settings, in_torchs_group) == ["torch.distributed:gloo"] * size
 
