@@ -37,7 +37,7 @@ def expert_parameters(module: torch.nn.Module) -> list[str]:
 
 def describe() -> str:
     """What computes experts here, in one line."""
-    if not _c_is_fast():
+    if not c_is_fast():
         why = native.reason if native.extension is None else "this machine has no fused multiply-add"
         return f"expert compute: torch, one expert at a time (no C kernel: {why})"
     limits = ", ".join(f"{_NAMES[dtype]} {rows}" for dtype, rows in FEW_ROWS.items())
@@ -176,14 +176,14 @@ def _dequantize_part(part: torch.Tensor, blocks: torch.Tensor, values: torch.Ten
 # ---------------------------------------------------------------- C
 
 
-def _c_is_fast() -> bool:
+def c_is_fast() -> bool:
     return native.extension is not None and native.extension.experts_is_fast("")
 
 
 def _most_rows_in_c(module: torch.nn.Module, rows_NH: torch.Tensor) -> int:
     """Rows of a slot up to which C computes it; -1 where C cannot, or must not."""
     on_cpu = rows_NH.device.type == "cpu" and rows_NH.dtype in FEW_ROWS and rows_NH.dtype != torch.float8_e4m3fn
-    if not on_cpu or module.is_transposed or not _c_is_fast() or needs_gradient(module, rows_NH):
+    if not on_cpu or module.is_transposed or not c_is_fast() or needs_gradient(module, rows_NH):
         return -1
     return min(_most_rows_of(module, name, rows_NH.dtype) for name in _projections(module))
 

@@ -29,7 +29,7 @@ from .core.config import RuntimeConfig
 from .core.errors import CheckpointError, ConfigError, VendorUnavailable
 from .core.memory import pool
 from .core.placement import Placement
-from .experts import compute
+from .experts import compute, dense
 from .experts.placement import proportional
 from .experts.routing import ReplicaChooser
 from .layer import experts_modules
@@ -85,6 +85,7 @@ class Runtime:
         self.view = View(0, tuple(range(self.size)), None)
         self._dispatchers: dict[tuple, Dispatcher | NodeDispatcher] = {}
         self._join_depth = 0
+        self._dense_layers = 0  # of the latest model, that take the C kernel for a few rows
 
     # ---- models -------------------------------------------------------------------------------------------------
 
@@ -179,6 +180,8 @@ class Runtime:
             transformers_kernel=self.config.expert_kernel == "transformers",
             join=self.join,
         )
+        if self.config.dense_kernel == "auto" and self.device.type == "cpu":
+            self._dense_layers = dense.use_few_rows_kernel(model)
         self.view = View(self.view.number + 1, self.view.ranks, placement)
 
     def _rank_speeds(self) -> list[float]:
@@ -302,6 +305,7 @@ class Runtime:
             "expert compute: transformers' experts function"
             if self.config.expert_kernel == "transformers"
             else compute.describe(),
+            dense.describe(self._dense_layers),
             "combine: "
             + ("one row per (token, expert)" if self.config.per_expert_sums else "one partial sum per (token, rank)"),
         ]

@@ -9,6 +9,7 @@ from typing import Any
 from .errors import ConfigError
 
 KERNELS = ("auto", "grouped", "transformers")
+DENSE_KERNELS = ("auto", "torch")
 BRIDGES = ("zeromq", "gloo", "mpi", "flagcx")
 TRANSPORTS = ("auto", "gloo", "shm", "mpi", "zeromq", "islands")
 
@@ -34,6 +35,7 @@ class RuntimeConfig:
     per_expert_sums: send one row per (token, expert) home instead of one partial sum per (token, rank). Slower, but
         the result then does not depend on the placement, to the last bit.
     expert_kernel: "grouped" (ours), "transformers" (its registered experts function), or "auto" (ours on CPU).
+    dense_kernel: "torch", or "auto": half-precision linear layers of a few rows on a CPU (decode) in C.
     """
 
     cluster: str | None = None
@@ -44,6 +46,7 @@ class RuntimeConfig:
     wire_format: str = "exact"
     per_expert_sums: bool = False
     expert_kernel: str = "auto"
+    dense_kernel: str = "auto"
 
     def __post_init__(self) -> None:
         if not self.timeout_s > 0:
@@ -56,6 +59,8 @@ class RuntimeConfig:
             raise ConfigError(f"bridge must be one of {', '.join(BRIDGES)}, got {self.bridge!r}")
         if self.expert_kernel not in KERNELS:
             raise ConfigError(f"expert_kernel must be one of {', '.join(KERNELS)}, got {self.expert_kernel!r}")
+        if self.dense_kernel not in DENSE_KERNELS:
+            raise ConfigError(f"dense_kernel must be one of {', '.join(DENSE_KERNELS)}, got {self.dense_kernel!r}")
 
     @classmethod
     def from_any(cls, config: RuntimeConfig | Mapping[str, Any] | None) -> RuntimeConfig:
