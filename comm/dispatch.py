@@ -47,14 +47,18 @@ class Route:
     """
 
     plan: DispatchPlan
+    send_counts: list[int]
     recv_counts: list[int]
     states: list[int]
-    tokens: torch.Tensor
-    slots: torch.Tensor
+    device: torch.device
 
     @cached_property
-    def send_counts(self) -> list[int]:
-        return self.plan.send_counts.tolist()
+    def tokens(self) -> torch.Tensor:
+        return torch.from_numpy(self.plan.send_tokens).to(self.device)
+
+    @cached_property
+    def slots(self) -> torch.Tensor:
+        return torch.from_numpy(self.plan.send_slots).to(self.device)
 
 
 @dataclass
@@ -74,9 +78,7 @@ class DispatchHandle:
     route: Route
     topk_slots: torch.Tensor
     topk_weights: torch.Tensor
-    order: ExpandPlan
-    row_index: torch.Tensor
-    choice_index: torch.Tensor
+    num_local_slots: int
     source_slots_TK: torch.Tensor
     source_weights_TK: torch.Tensor
     anchor: torch.Tensor = field(repr=False)
@@ -90,9 +92,22 @@ class DispatchHandle:
     def states(self) -> list[int]:
         return (self.outer or self).route.states
 
+    @cached_property
+    def order(self) -> ExpandPlan:
+        """Made when it is first asked for: who picks rows by topk_slots does without."""
+        return plan_expand(self.topk_slots.cpu().numpy(), self.num_local_slots)
+
     @property
     def rows_per_slot(self) -> np.ndarray:
         return self.order.rows_per_slot
+
+    @cached_property
+    def row_index(self) -> torch.Tensor:
+        return torch.from_numpy(self.order.row_index).to(self.topk_slots.device)
+
+    @cached_property
+    def choice_index(self) -> torch.Tensor:
+        return torch.from_numpy(self.order.k_index).to(self.topk_slots.device)
 
 
 class Dispatcher:
@@ -196,16 +211,13 @@ class Dispatcher:
         def wait() -> tuple[torch.Tensor, DispatchHandle]:
             received, route = arrive()
             rows, topk_weights, topk_slots, anchor = _call(_DispatchRows, x_TH, weights_TK, self, route, received)
-            order = plan_expand(topk_slots.cpu().numpy(), self.num_local_slots)
             made = DispatchHandle(
                 num_tokens=x_TH.shape[0],
                 expand=expand,
                 route=route,
                 topk_slots=topk_slots,
                 topk_weights=topk_weights,
-                order=order,
-                row_index=torch.from_numpy(order.row_index).to(rows.device),
-                choice_index=torch.from_numpy(order.k_index).to(rows.device),
+                num_local_slots=self.num_local_slots,
                 source_slots_TK=slots_TK,
                 source_weights_TK=weights_TK,
                 anchor=anchor,
@@ -258,18 +270,17 @@ class Dispatcher:
     ) -> Callable[[], tuple[torch.Tensor, Route]]:
         """Plan, and start the exchange of rows of whose number the other ranks do not know yet."""
         plan = plan_dispatch(slots_TK.detach().cpu().contiguous().numpy(), self.slot_rank, self.transport.size)
-        tokens, slots = (torch.from_numpy(array).to(x_TH.device) for array in (plan.send_tokens, plan.send_slots))
+        send_counts = plan.send_counts.tolist()
         if not (self._in_place(x_TH) and self.transport.takes_counted_rows):
             recv_counts, states = self._exchange_counts(plan, tag, state)
-            return self._send(x_TH, weights_TK, Route(plan, recv_counts, states, tokens, slots))
-        send_counts = plan.send_counts.tolist()
-        fill = self._fill(x_TH.detach(), weights_TK.detach(), tokens, slots, send_counts)
+            return self._send(x_TH, weights_TK, Route(plan, send_counts, recv_counts, states, x_TH.device))
+        fill = self._fill(x_TH.detach(), weights_TK.detach(), plan, send_counts)
         finish = self.transport.start_counted_rows(self._row_bytes, send_counts, (tag, state), fill, "dispatch")
 
         def arrive() -> tuple[torch.Tensor, Route]:
             recv_counts, notes, received = finish()
             self._check_tags([other for other, _ in notes], tag)
-            return received, Route(plan, recv_counts, [state for _, state in notes], tokens, slots)
+            return received, Route(plan, send_counts, recv_counts, [state for _, state in notes], x_TH.device)
 
         return arrive
 
@@ -279,24 +290,21 @@ class Dispatcher:
         """Start the exchange of packed rows; where the transport can, they are packed where the receiver reads them."""
         x_TH, weights_TK = x_TH.detach(), weights_TK.detach()
         if self._in_place(x_TH):
-            counts = (route.send_counts, route.recv_counts)
-            fill = self._fill(x_TH, weights_TK, route.tokens, route.slots, route.send_counts)
-            finish = self.transport.start_rows(self._row_bytes, *counts, fill, "dispatch")
+            fill = self._fill(x_TH, weights_TK, route.plan, route.send_counts)
+            finish = self.transport.start_rows(self._row_bytes, route.send_counts, route.recv_counts, fill, "dispatch")
         else:
             packed, send_units, recv_units = self._pack(x_TH, weights_TK, route)
             finish = self.transport.start_all_to_all_v(packed, send_units, recv_units, "dispatch")
         return lambda: (finish(), route)
 
     def _fill(
-        self,
-        x_TH: torch.Tensor,
-        weights_TK: torch.Tensor,
-        tokens_N: torch.Tensor,
-        slots_NK: torch.Tensor,
-        counts: Sequence[int],
+        self, x_TH: torch.Tensor, weights_TK: torch.Tensor, plan: DispatchPlan, counts: Sequence[int]
     ) -> Callable[[int, int, torch.Tensor], None]:
         """What packs rows of the plan for the transport, each rank's in the layout that is agreed with it."""
-        packers = [packer(x_TH, weights_TK, tokens_N, slots_NK, layout) for layout in self.layouts[: self._kinds]]
+        packers = [
+            packer(x_TH, weights_TK, plan.send_tokens, plan.send_slots, layout)
+            for layout in self.layouts[: self._kinds]
+        ]
         if self._kinds == 1:
             return packers[0]
         ends = list(accumulate(counts))
@@ -384,9 +392,12 @@ class Dispatcher:
 
 
 def _call(function: type[torch.autograd.Function], first: torch.Tensor, second: torch.Tensor, *others: Any) -> Any:
-    """function.apply where a graph is to be made, else its forward alone, which for one token takes half the time."""
+    """function.apply where a graph is to be made, else the same without one, which for one token takes half the time."""
     differentiable = torch.is_grad_enabled() and (first.requires_grad or second.requires_grad)
-    return (function.apply if differentiable else function.forward)(first, second, *others)
+    return (function.apply if differentiable else function.without_graph)(first, second, *others)
+
+
+_NO_GRAPH = torch.zeros(())  # the anchor of what has no graph
 
 
 class _DispatchRows(torch.autograd.Function):
@@ -395,6 +406,10 @@ class _DispatchRows(torch.autograd.Function):
     @staticmethod
     def forward(x_TH, weights_TK, dispatcher, route, received):
         return *dispatcher._unpack(received, route), torch.zeros(())
+
+    @staticmethod
+    def without_graph(x_TH, weights_TK, dispatcher, route, received):
+        return *dispatcher._unpack(received, route), _NO_GRAPH
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -467,6 +482,8 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(rows, anchor, transport, send_counts, recv_counts, order, finish):
         return finish()
+
+    without_graph = forward
 
     @staticmethod
     def setup_context(ctx, inputs, output):

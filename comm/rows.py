@@ -110,18 +110,21 @@ def pack(
 
 
 def packer(
-    x_TH: torch.Tensor, weights_TK: torch.Tensor, tokens_N: torch.Tensor, slots_NK: torch.Tensor, layout: RowLayout
+    x_TH: torch.Tensor, weights_TK: torch.Tensor, tokens_N: np.ndarray, slots_NK: np.ndarray, layout: RowLayout
 ) -> Callable[[int, int, torch.Tensor], None]:
-    """A function (begin, end, out) that packs rows begin..end into `out`: pack, with what all calls share done once."""
-    if x_TH.dtype not in _ROW_DTYPES or not takes_c(x_TH, tokens_N, slots_NK):
-        return lambda begin, end, out: pack(x_TH, weights_TK, tokens_N[begin:end], slots_NK[begin:end], layout, out)
+    """A function (begin, end, out) that packs rows begin..end into `out`: pack, with what all calls share done once.
+
+    On a CPU. tokens_N int64 and slots_NK int32 are a plan's arrays.
+    """
+    if x_TH.dtype not in _ROW_DTYPES or not takes_c(x_TH):
+        tokens, slots = torch.from_numpy(tokens_N), torch.from_numpy(slots_NK)
+        return lambda begin, end, out: pack(x_TH, weights_TK, tokens[begin:end], slots[begin:end], layout, out)
     x, weights = byte_rows(x_TH), _array(weights_TK, layout.weight_dtype)
-    tokens, slots = _array(tokens_N, torch.int64), _array(slots_NK, torch.int32)
     dtype, places = dtype_name(x_TH.dtype), _places(layout)
 
     def fill(begin: int, end: int, out: torch.Tensor) -> None:
         packed, which = out.numpy(), slice(begin, end)
-        _in_c("pack_rows", x, dtype, weights, tokens[which], slots[which], packed, layout.wire.name, *places, "")
+        _in_c("pack_rows", x, dtype, weights, tokens_N[which], slots_NK[which], packed, layout.wire.name, *places, "")
 
     return fill
 

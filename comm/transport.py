@@ -197,13 +197,13 @@ def byte_view(tensor: torch.Tensor) -> np.ndarray:
 
 
 def check_counts(
-    transport: Any, send: torch.Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str
+    transport: Any, send: torch.Tensor | None, send_counts: Sequence[int], recv_counts: Sequence[int], phase: str
 ) -> None:
-    """Raise ConfigError for counts that cannot belong to this world or to `send`."""
+    """Raise ConfigError for counts that cannot belong to this world or to `send`, where there is one."""
     for name, counts in (("send", send_counts), ("receive", recv_counts)):
         if len(counts) != transport.size or min(counts) < 0:
             raise ConfigError(f"{phase}: {name} counts must be {transport.size} numbers >= 0, got {list(counts)}")
-    if sum(send_counts) != send.shape[0]:
+    if send is not None and sum(send_counts) != send.shape[0]:
         raise ConfigError(f"{phase}: send counts {list(send_counts)} do not add up to {send.shape[0]} rows")
 
 
