@@ -392,7 +392,7 @@ class Dispatcher:
 
 
 def _call(function: type[torch.autograd.Function], first: torch.Tensor, second: torch.Tensor, *others: Any) -> Any:
-    """function.apply where a graph is to be made, else the same without one, which for one token takes half the time."""
+    """function.apply where a graph is to be made, else the same without one: for one token half the time."""
     differentiable = torch.is_grad_enabled() and (first.requires_grad or second.requires_grad)
     return (function.apply if differentiable else function.without_graph)(first, second, *others)
 

@@ -60,14 +60,15 @@ def plan_dispatch(slots_TK: np.ndarray, slot_rank: np.ndarray, num_ranks: int) -
     """
     if native.extension is None:
         return plan_dispatch_numpy(slots_TK, slot_rank, num_ranks)
-    num_ranks = _check_dispatch(slots_TK, slot_rank, num_ranks)
+    num_ranks = _check_count("num_ranks", num_ranks, 1)
     send_counts = np.empty(num_ranks, np.int64)
     try:
         num_rows = native.extension.dispatch_count(slots_TK, slot_rank, send_counts)
         send_tokens = np.empty(num_rows, np.int64)
         send_slots = np.empty((num_rows, slots_TK.shape[1]), np.int32)
         native.extension.dispatch_fill(slots_TK, slot_rank, send_counts, send_tokens, send_slots)
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError) as error:  # C checks all that matters; this says it better
+        _check_dispatch(slots_TK, slot_rank, num_ranks)
         raise ConfigError(str(error)) from None
     return DispatchPlan(send_counts, send_tokens, send_slots)
 
@@ -102,13 +103,14 @@ def plan_expand(recv_slots_NK: np.ndarray, num_local_slots: int) -> ExpandPlan:
     """
     if native.extension is None:
         return plan_expand_numpy(recv_slots_NK, num_local_slots)
-    num_local_slots = _check_expand(recv_slots_NK, num_local_slots)
+    num_local_slots = _check_count("num_local_slots", num_local_slots, 0)
     rows_per_slot = np.empty(num_local_slots, np.int64)
     try:
         num_entries = native.extension.expand_count(recv_slots_NK, rows_per_slot)
         row_index, k_index = np.empty(num_entries, np.int64), np.empty(num_entries, np.int64)
         native.extension.expand_fill(recv_slots_NK, rows_per_slot, row_index, k_index)
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError) as error:
+        _check_expand(recv_slots_NK, num_local_slots)
         raise ConfigError(str(error)) from None
     return ExpandPlan(rows_per_slot, row_index, k_index)
 

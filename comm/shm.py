@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import operator
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -488,22 +489,24 @@ class _Rows:
 
     def begin(self) -> None:
         parcels = self.transport._parcels
-        bounds = [0, *accumulate(num_bytes * here for num_bytes, here in zip(self.sent, self.here, strict=True))]
+        all_here = all(self.here)
+        bytes_here = self.sent if all_here else map(operator.mul, self.sent, self.here)
+        bounds = list(accumulate(bytes_here, initial=0))
         message = parcels.scratch(bounds[-1])
-        self._write(message, bounds)
+        self._write(message, bounds, all_here)
         expected = self.recv_counts or [-1] * len(self.sent)
         notes = [(*each, *self.note) for each in zip(self.send_counts, self.here, expected, strict=True)]
         self.post = parcels.post(message, bounds, notes)
-        if self.recv_counts is None and not all(self.here):
+        if self.recv_counts is None and not all_here:
             self.gather()
         if self.recv_counts is not None:
             self.open()
 
-    def _write(self, message: np.ndarray, bounds: list[int]) -> None:
+    def _write(self, message: np.ndarray, bounds: list[int], all_here: bool) -> None:
         """The rows that go in parcels; all at once where they can."""
         rows = torch.from_numpy(message)
-        if all(self.here) and len(set(self.row_bytes)) == 1:
-            if len(rows):
+        if all_here and self.row_bytes.count(self.row_bytes[0]) == len(self.row_bytes):
+            if message.size:
                 self.fill(0, sum(self.send_counts), rows.view(-1, self.row_bytes[0]))
             return
         first = 0
@@ -600,7 +603,7 @@ class _Rows:
 
 
 def _products(row_bytes: Sequence[int], counts: Sequence[int]) -> list[int]:
-    return [each * count for each, count in zip(row_bytes, counts, strict=True)]
+    return list(map(operator.mul, row_bytes, counts))
 
 
 def _bytes_of(tensor: torch.Tensor) -> bytes:

@@ -23,7 +23,7 @@ def byte_rows(rows: torch.Tensor) -> np.ndarray:
     rows = aligned(rows.detach() if rows.requires_grad else rows)
     if rows.stride(1) != 1 or rows.shape[1] == 1:  # the stride of a single value may be anything
         rows = rows.contiguous().as_strided(rows.shape, (rows.shape[1], 1))
-    return rows.view(torch.uint8).numpy()
+    return (rows if rows.dtype == torch.uint8 else rows.view(torch.uint8)).numpy()
 
 
 def aligned(values: torch.Tensor) -> torch.Tensor:
