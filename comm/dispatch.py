@@ -473,7 +473,7 @@ def _start_rows(
 
 def writes_in_place(transport: Any, rows: torch.Tensor) -> bool:
     """Whether the transport lets a sender write rows where the receiver reads them (comm/shm.py's start_rows)."""
-    return rows.device.type == "cpu" and hasattr(transport, "start_rows")
+    return rows.is_cpu and hasattr(transport, "start_rows")
 
 
 class _Exchange(torch.autograd.Function):

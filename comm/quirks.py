@@ -6,6 +6,7 @@ not say is handled in the way that is right on all of them (payloads as bytes). 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -334,6 +335,7 @@ def require_operation(vendor: Vendor, operation: str) -> None:
 # ---------------------------------------------------------------- names of dtypes
 
 
+@functools.cache
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 

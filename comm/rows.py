@@ -189,7 +189,7 @@ def unpack(packed: torch.Tensor, layout: RowLayout, *, copy: bool = False, out: 
         "",
     )
     if hidden is None:
-        hidden = packed[:, : payload_bytes(layout.wire, layout.hidden_size)].view(layout.dtype)
+        hidden = packed.narrow(1, 0, payload_bytes(layout.wire, layout.hidden_size)).view(layout.dtype)
     return hidden, weights, slots
 
 

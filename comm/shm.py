@@ -267,7 +267,7 @@ class SharedMemoryTransport(InHalves):
     def _check_row_counts(
         self, row_bytes: Sequence[int], send_counts: Sequence[int], recv_counts: Sequence[int], phase: str
     ) -> list[int]:
-        if len(row_bytes) != self.size or any(each <= 0 or each % _ROW_ALIGN for each in row_bytes):
+        if len(row_bytes) != self.size or min(row_bytes) <= 0 or math.gcd(*row_bytes) % _ROW_ALIGN:
             raise ConfigError(
                 f"{phase}: row_bytes must be {self.size} positive multiples of {_ROW_ALIGN}, got {list(row_bytes)}"
             )
