@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 import numpy as np
 import torch
 
@@ -15,20 +17,24 @@ class ReplicaChooser:
     Where an expert has one slot the answer is a table look-up. Where it has replicas, tokens are spread over them by
     their static shares: token i takes the replica that the i-th point of a low-discrepancy sequence (multiples of the
     golden ratio, modulo 1) falls on, so any run of tokens splits close to the shares and the choice is deterministic.
+
+    near: sets of ranks, the nearest first. An expert's tokens stay in the first set that holds a replica of it.
     """
 
-    def __init__(self, placement: Placement, layer: int) -> None:
+    def __init__(self, placement: Placement, layer: int, near: Sequence[Collection[int]] = ()) -> None:
         slots_of: list[list[int]] = [[] for _ in range(placement.num_experts)]
         for slot, expert in enumerate(placement.slot_expert[layer].tolist()):
             slots_of[expert].append(slot)
+        rank_of = placement.slot_rank.tolist()
+        for ranks in reversed(near):  # the last word is the nearest one's
+            slots_of = [[s for s in slots if rank_of[s] in ranks] or slots for slots in slots_of]
         most = max(len(slots) for slots in slots_of)
         # [E, X]: an expert's slots, the last repeated; and the upper ends of their shares of [0, 1).
         padded = [slots + [slots[-1]] * (most - len(slots)) for slots in slots_of]
         self._slots_EX = torch.tensor(padded, dtype=torch.int64)
         # Every expert is in the slot of its own number: nothing to look up.
         self.same = most == 1 and [slots[0] for slots in slots_of] == list(range(placement.num_experts))
-        share = placement.slot_share[layer]
-        ends = np.array([np.cumsum([share[s] for s in slots] + [0.0] * (most - len(slots))) for slots in slots_of])
+        ends = np.array([_ends(placement.slot_share[layer, slots], most) for slots in slots_of])
         self._ends_EX = torch.from_numpy(ends)
 
     def choose(self, topk_ids_TK: torch.Tensor) -> torch.Tensor:
@@ -60,3 +66,10 @@ class ReplicaChooser:
             f"dispatch: topk_ids[{token}, {k}] = {ids_TK[token, k]} is not an expert "
             f"(0..{len(self._slots_EX) - 1}, or -1)"
         )
+
+
+def _ends(shares: np.ndarray, length: int) -> np.ndarray:
+    """Where each replica's part of [0, 1) ends [length], the last repeated; equal parts where all shares are 0."""
+    total = shares.sum()
+    parts = shares / total if total > 0 else np.full(len(shares), 1 / len(shares))
+    return np.pad(np.cumsum(parts), (0, length - len(parts)), mode="edge")

@@ -8,6 +8,7 @@ dispatch and combine.
 from __future__ import annotations
 
 import functools
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +36,7 @@ class LayerState:
     per_expert_sums: bool  # send one row per (token, expert) home, so that sums do not depend on the placement
     transformers_kernel: bool  # compute with transformers' own experts function instead of grouped_experts
     tokens_per_slot: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    slowdown: float = 1.0  # emulated: experts take this many times as long as they would
     states: list[int] = field(default_factory=list)  # of all ranks, at the latest exchange
 
 
@@ -57,7 +59,11 @@ class ExpertParallel:
         )
         layer.tokens_per_slot += handle.rows_per_slot
         layer.states = handle.states
-        return layer.dispatcher.combine(self._compute(rows, handle), handle)
+        start = time.perf_counter()
+        outputs = self._compute(rows, handle)
+        if layer.slowdown > 1:
+            time.sleep((time.perf_counter() - start) * (layer.slowdown - 1))
+        return layer.dispatcher.combine(outputs, handle)
 
     def idle_exchange(self, chain: torch.Tensor) -> torch.Tensor:
         """Take part with no token of one's own. `chain` [0, H] ties successive layers' backward passes together."""

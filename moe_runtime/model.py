@@ -90,15 +90,17 @@ def shard_experts(
     model: PreTrainedModel,
     placement: Placement,
     make_dispatcher: Callable[[int, int, torch.dtype], Dispatcher],
+    make_chooser: Callable[[int], ReplicaChooser],
     rank: int,
     *,
+    slowdown: float,
     per_expert_sums: bool,
     transformers_kernel: bool,
     join: Callable[[PreTrainedModel], Any],
 ) -> None:
     """Make the model expert-parallel in place: every experts module keeps only this rank's slots (still on meta).
 
-    make_dispatcher(hidden_size, top_k, dtype) is called once per distinct shape.
+    make_dispatcher(hidden_size, top_k, dtype) is called once per distinct shape, make_chooser(layer) once per layer.
     """
     modules = experts_modules(model)
     if placement.num_layers != len(modules):
@@ -120,10 +122,11 @@ def shard_experts(
             index=index,
             placement=placement,
             dispatcher=make_dispatcher(hidden, top_k, module.down_proj.dtype),
-            chooser=ReplicaChooser(placement, index),
+            chooser=make_chooser(index),
             per_expert_sums=per_expert_sums,
             transformers_kernel=transformers_kernel,
             tokens_per_slot=np.zeros(slots.stop - slots.start, dtype=np.int64),
+            slowdown=slowdown,
         )
     model.__class__ = expert_parallel_model_class(type(model))
     model.moe_runtime_join = functools.partial(join, model)

@@ -30,7 +30,7 @@ from .core.errors import CheckpointError, ConfigError, VendorUnavailable
 from .core.memory import pool
 from .core.placement import Placement
 from .experts import compute, dense
-from .experts.placement import proportional
+from .experts.placement import Plan, proportional
 from .experts.routing import ReplicaChooser
 from .layer import experts_modules
 from .model import empty_model, expert_layers, shard_experts
@@ -84,6 +84,7 @@ class Runtime:
         self._claims = [claims for _, claims in said]
         self.view = View(0, tuple(range(self.size)), None)
         self._dispatchers: dict[tuple, Dispatcher | NodeDispatcher] = {}
+        self._slowdown = self._emulated_slowdown()
         self._join_depth = 0
         self._dense_layers = 0  # of the latest model, that take the C kernel for a few rows
 
@@ -175,7 +176,9 @@ class Runtime:
             model,
             placement,
             lambda hidden, top_k, dtype: self._dispatcher(placement, hidden, top_k, dtype),
+            lambda layer: self._chooser(placement, layer),
             self.rank,
+            slowdown=self._slowdown,
             per_expert_sums=self.config.per_expert_sums,
             transformers_kernel=self.config.expert_kernel == "transformers",
             join=self.join,
@@ -183,6 +186,15 @@ class Runtime:
         if self.config.dense_kernel == "auto" and self.device.type == "cpu":
             self._dense_layers = dense.use_few_rows_kernel(model)
         self.view = View(self.view.number + 1, self.view.ranks, placement)
+
+    def _emulated_slowdown(self) -> float:
+        """How many times as long experts are made to take here, by the cluster file's emulate_speed."""
+        node = self._cluster.rank_nodes()[self.rank] if self._cluster else None
+        if node is None or node.emulate_speed is None:
+            return 1.0
+        if self.device.type != "cpu" and not self.place.emulated:
+            raise ConfigError(f"node {node.name}: emulate_speed slows CPU ranks down, this one runs on {self.device}")
+        return 1 / node.emulate_speed
 
     def _rank_speeds(self) -> list[float]:
         return self._cluster.rank_speeds() if self._cluster else [1.0] * self.size
@@ -207,6 +219,23 @@ class Runtime:
                 formats=formats.agree(wanted, self._claims, dtype, self._rank_names),
             )
         return self._dispatchers[key]
+
+    def _chooser(self, placement: Placement, layer: int) -> ReplicaChooser:
+        choice = self.config.replica_choice
+        if choice == "static" or not placement.has_replicas():
+            return ReplicaChooser(placement, layer)
+        names = [node.name for node in self._cluster.rank_nodes()] if self._cluster else [""] * self.size
+        if choice == "local":
+            node = [rank for rank, name in enumerate(names) if name == names[self.rank]]
+            return ReplicaChooser(placement, layer, near=[[self.rank], node])
+        from .experts import replicas  # compiles with numba
+
+        cost, fixed = 1 / np.array(self._rank_speeds()), np.zeros(self.size)
+        if isinstance(placement, Plan):
+            cost, fixed = placement.ranks.cost, placement.ranks.fixed
+        nodes = [names.index(name) for name in names]
+        gather = functools.partial(self.transport.all_gather, phase="dispatch (expert counts)")
+        return replicas.BalancedChooser(placement, layer, self.rank, cost, fixed, nodes, gather)
 
     def _rank_nodes(self) -> list[int] | None:
         """The node of each rank, where there are several and some have several ranks; None: no rank shares its node.
@@ -242,7 +271,8 @@ class Runtime:
             raise ConfigError(f"the placement is for {placement.num_experts} experts, not {num_experts}")
         if not 0 <= layer < placement.num_layers:
             raise ConfigError(f"dispatcher: layer {layer} is not one of the placement's {placement.num_layers}")
-        return ExpertDispatcher(self._dispatcher(placement, hidden_size, top_k, dtype), placement, layer)
+        chooser = self._chooser(placement, layer)
+        return ExpertDispatcher(self._dispatcher(placement, hidden_size, top_k, dtype), placement, layer, chooser)
 
     # ---- uneven work and gradients ------------------------------------------------------------------------------
 
@@ -314,6 +344,10 @@ class Runtime:
             lines.append(
                 f"view {self.view.number}: slots per rank {counts} for {self.view.placement.num_experts} experts"
             )
+            if self.view.placement.has_replicas():
+                lines.append(f"replica choice: {self._describe_choice()}")
+        if self._slowdown > 1:
+            lines.append(f"emulated speed {1 / self._slowdown:g}: experts wait until they have taken that much longer")
         lines.append(f"place: {self.place.kind}, device {self.device}")
         lines += [*self.transport.describe(), pool.describe()]
         if self.device.type != "cpu":
@@ -326,6 +360,15 @@ class Runtime:
         if any(self.transport.waits.count):
             lines.append(f"waited in exchanges of rows for: {self.transport.waits.describe()}")
         return "\n".join(lines + [f"note: {note}" for note in self._notes])
+
+    def _describe_choice(self) -> str:
+        if self.config.replica_choice == "balanced":
+            from .experts import replicas
+
+            return replicas.describe()
+        return {"static": "by the placement's shares", "local": "this rank's, else this node's, else by shares"}[
+            self.config.replica_choice
+        ]
 
     def close(self) -> None:
         """Leave the world. Other ranks that still wait for this one get PeerLost."""
@@ -342,8 +385,8 @@ class Runtime:
 class ExpertDispatcher:
     """Dispatch and combine in terms of expert ids: replica choice in front of a Dispatcher."""
 
-    def __init__(self, dispatcher: Dispatcher, placement: Placement, layer: int) -> None:
-        self._dispatcher, self._chooser, self._layer = dispatcher, ReplicaChooser(placement, layer), layer
+    def __init__(self, dispatcher: Dispatcher, placement: Placement, layer: int, chooser: ReplicaChooser) -> None:
+        self._dispatcher, self._chooser, self._layer = dispatcher, chooser, layer
         self.placement = placement
 
     def dispatch(

@@ -16,6 +16,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
 import moe_runtime
+from moe_runtime.experts.placement import from_owners
 
 # Sequences of each rank, by world size: unequal, and with an empty rank from 3 ranks on.
 SPLITS = {1: [3], 2: [2, 1], 3: [2, 0, 1], 4: [1, 1, 0, 1]}
@@ -50,11 +51,12 @@ def write_oracle(folder: Path, family: str, **changes) -> None:
     save_file({name: tensor.contiguous() for name, tensor in out.items()}, folder / "oracle.safetensors")
 
 
-def check_rank(folder: Path, split: list[int], settings: dict) -> dict:
+def check_rank(folder: Path, split: list[int], settings: dict, owners: list | None = None) -> dict:
     """Runs on every rank: load, compare logits, loss, gradients and greedy tokens of this rank's sequences."""
     expected = load_file(folder / "oracle.safetensors")
     with moe_runtime.init({"timeout_s": 60, **settings}) as runtime:
-        model = runtime.load_model(folder / "model", dtype=torch.float32)
+        placement = from_owners(owners, runtime.size) if owners else None
+        model = runtime.load_model(folder / "model", dtype=torch.float32, placement=placement)
         start = sum(split[: runtime.rank])
         mine = slice(start, start + split[runtime.rank])
         ids = expected["ids"][mine].to(runtime.device)
@@ -103,6 +105,13 @@ def test_family_equals_one_process(oracle, family, size):
     results = run_ranks(check_rank, size, oracle(family), SPLITS[size], {})
     assert all(result["compared"] > 10 for result in results)
     assert len({result["load"] for result in results}) == 1
+
+
+@pytest.mark.parametrize("choice", ["static", "local", "balanced"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_replicas_equal_one_process_whatever_the_choice(oracle, choice, size):
+    owners = [sorted({e % size, (e // 2 + 1) % size}) for e in range(16)]
+    run_ranks(check_rank, size, oracle("deepseek_v3"), SPLITS[size], {"replica_choice": choice}, [owners])
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3, 5, 6, 7, 8])

@@ -32,8 +32,10 @@ class Node:
 
     `speed` is the relative expert throughput of EACH device, `memory_gib` the memory of each device; None means
     not measured. `python` and `env` are the interpreter and extra variables of the node's ranks. `emulate` names a
-    vendor whose device and limits a CPU node emulates. `island` divides nodes of one vendor whose libraries do not
-    reach each other: those with the same word do. Raises ConfigError on a value that cannot be used.
+    vendor whose device and limits a CPU node emulates; `emulate_speed` (above 0, at most 1) slows its experts down to
+    that part of what they can do, so that unequal nodes can be tried on equal ones. `island` divides nodes of one
+    vendor whose libraries do not reach each other: those with the same word do. Raises ConfigError on a value that
+    cannot be used.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Node:
     python: str | None = None
     env: Mapping[str, str] = field(default_factory=dict, hash=False)
     emulate: str | None = None
+    emulate_speed: float | None = None
     island: str | None = None
 
     def __post_init__(self) -> None:
@@ -194,7 +197,7 @@ def _is_text_table(value: object) -> bool:
 # key: (what it must be, the test, how the value is kept). These are the keys a file may use, in the file's words.
 _TEXT = ("a non-empty string", _is_text, str)
 _POSITIVE = ("a number above 0", lambda value: _is_number(value) and value > 0, float)
-_OPTIONAL = ("memory_gib", "speed", "python", "emulate", "island")
+_OPTIONAL = ("memory_gib", "speed", "python", "emulate", "emulate_speed", "island")
 _NODE_KEYS: _Keys = {
     "name": _TEXT,
     "host": _TEXT,
@@ -205,6 +208,7 @@ _NODE_KEYS: _Keys = {
     "python": _TEXT,
     "env": ("a table of strings", _is_text_table, dict),
     "emulate": _TEXT,
+    "emulate_speed": ("a number above 0 and at most 1", lambda value: _is_number(value) and 0 < value <= 1, float),
     "island": _TEXT,
 }
 _LINK_KEYS: _Keys = {

@@ -10,6 +10,7 @@ from .errors import ConfigError
 
 KERNELS = ("auto", "grouped", "transformers")
 DENSE_KERNELS = ("auto", "torch")
+REPLICA_CHOICES = ("static", "local", "balanced")
 BRIDGES = ("zeromq", "gloo", "mpi", "flagcx")
 TRANSPORTS = ("auto", "gloo", "shm", "mpi", "zeromq", "islands")
 
@@ -35,6 +36,9 @@ class RuntimeConfig:
     per_expert_sums: send one row per (token, expert) home instead of one partial sum per (token, rank). Slower, but
         the result then does not depend on the placement, to the last bit.
     expert_kernel: "grouped" (ours), "transformers" (its registered experts function), or "auto" (ours on CPU).
+    replica_choice: where an expert has replicas, which one a token goes to: "static" (the placement's shares), "local"
+        (one of this rank, else of this node, else by shares), or "balanced" (split anew for every batch, from all
+        ranks' counts and speeds; one small exchange more per expert layer).
     dense_kernel: "torch", or "auto": half-precision linear layers of a few rows on a CPU (decode) in C.
     """
 
@@ -47,6 +51,7 @@ class RuntimeConfig:
     per_expert_sums: bool = False
     expert_kernel: str = "auto"
     dense_kernel: str = "auto"
+    replica_choice: str = "static"
 
     def __post_init__(self) -> None:
         if not self.timeout_s > 0:
@@ -61,6 +66,10 @@ class RuntimeConfig:
             raise ConfigError(f"expert_kernel must be one of {', '.join(KERNELS)}, got {self.expert_kernel!r}")
         if self.dense_kernel not in DENSE_KERNELS:
             raise ConfigError(f"dense_kernel must be one of {', '.join(DENSE_KERNELS)}, got {self.dense_kernel!r}")
+        if self.replica_choice not in REPLICA_CHOICES:
+            raise ConfigError(
+                f"replica_choice must be one of {', '.join(REPLICA_CHOICES)}, got {self.replica_choice!r}"
+            )
 
     @classmethod
     def from_any(cls, config: RuntimeConfig | Mapping[str, Any] | None) -> RuntimeConfig:
