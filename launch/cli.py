@@ -69,6 +69,8 @@ _GENERATE_OPTIONS: dict[str, dict[str, Any]] = {
     "--dtype": {"metavar": "DTYPE", "help": "auto (the checkpoint's), float32, bfloat16 or float16"},
     "--keep-fp8": {"nargs": 0, "default": False, "help": "leave experts stored in FP8 as FP8"},
     "--tokenizer": {"metavar": "auto|bytes", "help": "the checkpoint's tokenizer, or plain bytes"},
+    "--placement": {"metavar": "plan.json", "help": "which expert lives where, as moe-launch plan writes it"},
+    "--record": {"metavar": "FILE.npz", "help": "write the load trace of this run"},
     "--temperature": {"metavar": "X", "help": "0 is greedy"},
     "--seed": {"metavar": "N", "help": "of the sampling"},
     "--timeout-s": {"metavar": "SECONDS", "help": "deadline of each wait for other ranks"},

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from .comm.rows import combine_rows
 from .core.placement import Placement
 from .experts.compute import grouped_experts
 from .experts.routing import ReplicaChooser
+
+if TYPE_CHECKING:
+    from .recorder import Recorder
 
 # What transformers' `use_experts_implementation` leaves on every module that shares the experts interface.
 INTERFACE_MARKS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_apply_gate", "num_experts")
@@ -36,6 +39,8 @@ class LayerState:
     per_expert_sums: bool  # send one row per (token, expert) home, so that sums do not depend on the placement
     transformers_kernel: bool  # compute with transformers' own experts function instead of grouped_experts
     tokens_per_slot: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    expert_seconds: float = 0.0  # spent computing experts
+    recorder: Recorder | None = None
     slowdown: float = 1.0  # emulated: experts take this many times as long as they would
     states: list[int] = field(default_factory=list)  # of all ranks, at the latest exchange
 
@@ -54,6 +59,8 @@ class ExpertParallel:
         """The request path of DESIGN.md: replica choice, dispatch, experts, combine."""
         layer = self.moe_runtime_layer
         slots_TK = layer.chooser.choose(topk_ids_TK)
+        if layer.recorder is not None:
+            layer.recorder.add(layer.index, topk_ids_TK)
         rows, handle = layer.dispatcher.dispatch(
             x_TH, slots_TK, topk_weights_TK, expand=layer.per_expert_sums, tag=layer.index, state=state
         )
@@ -63,6 +70,7 @@ class ExpertParallel:
         outputs = self._compute(rows, handle)
         if layer.slowdown > 1:
             time.sleep((time.perf_counter() - start) * (layer.slowdown - 1))
+        layer.expert_seconds += time.perf_counter() - start
         return layer.dispatcher.combine(outputs, handle)
 
     def idle_exchange(self, chain: torch.Tensor) -> torch.Tensor:

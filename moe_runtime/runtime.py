@@ -30,10 +30,11 @@ from .core.errors import CheckpointError, ConfigError, VendorUnavailable
 from .core.memory import pool
 from .core.placement import Placement
 from .experts import compute, dense
-from .experts.placement import Plan, proportional
+from .experts.placement import Plan, load_plan, proportional
 from .experts.routing import ReplicaChooser
 from .layer import experts_modules
 from .model import empty_model, expert_layers, shard_experts
+from .recorder import Recorder
 
 _FP8_METHODS = ("fp8",)
 PROTOCOL = "0.1"  # of the exchanges between ranks; ranks with another one cannot join
@@ -94,15 +95,16 @@ class Runtime:
         self,
         path: str | Path,
         dtype: torch.dtype | None = None,
-        placement: Placement | None = None,
+        placement: Placement | str | Path | None = None,
         *,
         keep_fp8: bool = False,
         progress: loading.Progress = lambda done, total: None,
     ) -> PreTrainedModel:
         """A transformers model of which this rank holds the non-expert weights and its own experts only.
 
-        path: a Hugging Face checkpoint folder (safetensors). dtype: None takes the config's. placement: None gives
-        each rank experts in proportion to its speed in the cluster file, or equal shares. keep_fp8: leave experts
+        path: a Hugging Face checkpoint folder (safetensors). dtype: None takes the config's. placement: a
+        Placement, or the path of a plan file; None gives each rank experts in proportion to its speed in the cluster
+        file, or equal shares. keep_fp8: leave experts
         that are stored in FP8 as they are; they are dequantised one by one when used.
 
         Raises CheckpointError (missing or unreadable files, missing or misshapen tensors) and ConfigError (no experts
@@ -130,7 +132,7 @@ class Runtime:
         config: PretrainedConfig,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
-        placement: Placement | None = None,
+        placement: Placement | str | Path | None = None,
     ) -> PreTrainedModel:
         """A fresh model of this config, the same for any number of ranks: to train from scratch."""
         model = empty_model(config, dtype)
@@ -163,8 +165,11 @@ class Runtime:
             if problem is not None:
                 raise CheckpointError(f"rank {rank} could not {phase}: {problem}")
 
-    def _shard(self, model: PreTrainedModel, placement: Placement | None) -> None:
+    def _shard(self, model: PreTrainedModel, placement: Placement | str | Path | None) -> None:
         modules = experts_modules(model)
+        if isinstance(placement, (str, Path)):
+            with self._same_outcome("read placement"):
+                placement = load_plan(placement)
         if placement is None:
             num_experts = {module.num_experts for module in modules.values()}
             if len(num_experts) > 1:
@@ -310,6 +315,17 @@ class Runtime:
     def clip_grad_norm(self, model: PreTrainedModel, max_norm: float) -> float:
         """Clip by the norm of the whole model's gradients, experts of all ranks included; returns that norm."""
         return gradients.clip_grad_norm(model, self.transport, max_norm)
+
+    def record(self, model: PreTrainedModel, path: str | Path, routing: bool = False) -> Recorder:
+        """Record what tokens select, until `stop()` or the end of a with block. Every rank calls alike.
+
+        Writes a load trace (.npz, [passes, L, E] of all ranks), or with `routing` every token's choices
+        (experts/traces.py); what `plan` and `simulate` take. Raises ConfigError when `path` cannot be written.
+        """
+        with self._same_outcome("record"):
+            if self.rank == 0 and not Path(path).parent.is_dir():
+                raise ConfigError(f"{path}: there is no folder {Path(path).parent}; make it first")
+        return Recorder(model, self.transport, path, routing)
 
     # ---- what runs ----------------------------------------------------------------------------------------------
 

@@ -11,12 +11,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moe_runtime.experts import placement, traces
 from moe_runtime.launch.data import text_files
 
 CONFIG = """
 cluster = "cluster.toml"
 files = ["text/*.py"]
 output = "out/checkpoint"
+record = "trained.npz"
 sequence_length = 32
 batch_size = 3
 steps = 12
@@ -77,6 +79,8 @@ def test_training_shows_its_progress_and_writes_a_checkpoint_for_transformers(tr
         assert f"step {step:>5}/12" in shown
     assert "tokens/s" in shown and "rank0 " in shown and "rank1 " in shown
     checkpoint = trained / "out" / "checkpoint"
+    trace = traces.read_load(trained / "trained.npz")
+    assert trace.load.shape[0] == 12 and len(set(trace.load.sum(axis=(1, 2)))) == 1  # every step has as many tokens
     losses = [json.loads(line)["loss"] for line in (checkpoint / "metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0] < 6
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
@@ -121,6 +125,19 @@ def test_generate_json_is_one_object_on_stdout(trained):
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["prompts"] == 1 and report["tokens"] == 4 and len(report["results"]) == 1
+
+
+def test_a_recorded_load_becomes_a_plan_that_generates_the_same(trained):
+    words = ["generate", "--nproc-per-node", "2", "--model", "out/checkpoint", "--prompt", "def f", "--json"]
+    first = moe_launch(*words, "--max-new-tokens", "6", "--record", "load.npz", cwd=trained)
+    assert first.returncode == 0, first.stderr
+    trace = traces.read_load(trained / "load.npz")
+    placement.save_plan(placement.plan(trace.total, 2, 24), trained / "plan.json")
+    words += ["--max-new-tokens", "6", "--placement", "plan.json", "--runtime", "replica_choice=balanced"]
+    second = moe_launch(*words, cwd=trained)
+    assert second.returncode == 0, second.stderr
+    assert "slots per rank [12, 12] for 16 experts" in second.stderr and "balanced by every" in second.stderr
+    assert json.loads(second.stdout)["results"] == json.loads(first.stdout)["results"]
 
 
 @pytest.mark.parametrize(

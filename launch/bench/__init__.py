@@ -13,6 +13,7 @@ BENCHES = {
     "load": "moe_runtime.launch.bench.load",
     "experts": "moe_runtime.launch.bench.experts",
     "dispatch": "moe_runtime.launch.bench.dispatch",
+    "balance": "moe_runtime.launch.bench.balance",
     "plan": "moe_runtime.launch.bench.plan",
 }
 

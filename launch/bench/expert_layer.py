@@ -11,15 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
 from typing import Any
 
-from ...core import environment
 from ...core.errors import ConfigError, MoeRuntimeError
-from ..machine import free_port, resident_bytes
+from ..machine import resident_bytes
 from .model import machine_line
+from .processes import Processes
 
 SHAPE = ("experts", "hidden", "intermediate", "top_k")
 _MATMUL_ROWS = 1024
@@ -170,45 +169,6 @@ def serve(shape: list[int], threads: int) -> int:
 # ---------------------------------------------------------------- all of them
 
 
-class Ranks:
-    """The processes of all ranks, which measure on demand, all at once."""
-
-    def __init__(self, ranks: int, threads: int, shape: list[int]) -> None:
-        port = free_port()
-        command = [sys.executable, "-m", "moe_runtime.launch.bench.expert_layer", str(threads), *map(str, shape)]
-        self._processes = [
-            subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env=environment.inherited(
-                    environment.rank_environment(rank, ranks, rank, ranks, "127.0.0.1", port, threads)
-                ),
-            )
-            for rank in range(ranks)
-        ]
-
-    def ask(self, question: str | None = None) -> list[dict[str, Any]]:
-        """Every rank's answer; None only waits for what they say by themselves."""
-        for process in self._processes if question else ():
-            process.stdin.write(f"{question}\n")
-            process.stdin.flush()
-        return [self._answer(number, process) for number, process in enumerate(self._processes)]
-
-    def _answer(self, number: int, process: subprocess.Popen) -> dict[str, Any]:
-        for line in process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        raise MoeRuntimeError(f"bench experts: rank {number} ended (exit code {process.wait()})")
-
-    def close(self) -> None:
-        for process in self._processes:
-            process.kill()
-        for process in self._processes:
-            process.wait()
-
-
 def check(arguments: argparse.Namespace) -> None:
     """Raises ConfigError for a layer that cannot be, or does not fit."""
     if arguments.experts < arguments.ranks:
@@ -226,10 +186,11 @@ def check(arguments: argparse.Namespace) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure; `arguments` are those of `bench experts`. Raises ConfigError, or MoeRuntimeError when a rank fails."""
     check(arguments)
-    ranks = Ranks(arguments.ranks, arguments.threads, [getattr(arguments, name) for name in SHAPE])
+    print("filling the layer ...", file=sys.stderr, flush=True)
+    shape = [getattr(arguments, name) for name in SHAPE]
+    ranks = Processes("the layer", "expert_layer", arguments.ranks, arguments.threads, [arguments.threads, *shape])
     try:
-        print("filling the layer ...", file=sys.stderr, flush=True)
-        said = ranks.ask()[0]
+        said = ranks.ready[0]
         for tokens in arguments.tokens:
             ranks.ask(f"forward {tokens} -1")  # buffers and threads are there from now on
         rounds: dict[int, list[dict[str, Any]]] = {tokens: [] for tokens in arguments.tokens}
@@ -251,7 +212,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def one_round(ranks: Ranks, tokens: int, number: int, products_per_pair: int) -> dict[str, Any]:
+def one_round(ranks: Processes, tokens: int, number: int, products_per_pair: int) -> dict[str, Any]:
     """The slowest rank's seconds, and what the two floors would have taken for the busiest rank."""
     forward, read, matmul = ranks.ask(f"forward {tokens} {number}"), ranks.ask("read"), ranks.ask("matmul")
     if not all(answer["finite"] for answer in forward):

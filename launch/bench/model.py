@@ -10,15 +10,13 @@ import argparse
 import json
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from ...core import environment
-from ...core.errors import MoeRuntimeError
-from ..machine import available_cores, free_port, processor_name
+from ..machine import available_cores, processor_name
+from .processes import Processes
 from .subjects import SUBJECTS
 
 # 0.76 billion parameters in all, of which 0.70 in routed experts.
@@ -30,56 +28,19 @@ SHAPE = dict(
 )  # fmt: skip
 
 
-class Subject:
-    """The processes of one subject. They sleep on stdin while others are measured."""
+class Subject(Processes):
+    """One subject, and the slowest rank's seconds of each measurement."""
 
     def __init__(self, name: str, ranks: int, threads: int, folder: Path, arguments: argparse.Namespace) -> None:
-        self.name, self.seconds = name, []
-        port = free_port()
-        command = [sys.executable, "-m", "moe_runtime.launch.bench.subjects", name, str(folder), str(threads)]
-        command += [str(arguments.sequences), str(arguments.length), str(arguments.new_tokens)]
-        self._ranks = [
-            subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env=environment.inherited(
-                    environment.rank_environment(rank, ranks, rank, ranks, "127.0.0.1", port, threads)
-                    if ranks > 1
-                    else {}
-                ),
-            )
-            for rank in range(ranks)
-        ]
-        self.description = self._answers()[0]["ready"]
+        sizes = [arguments.sequences, arguments.length, arguments.new_tokens]
+        super().__init__(name, "subjects", ranks, threads, [name, folder, threads, *sizes])
+        self.description, self.seconds = self.ready[0]["ready"], []
 
     def run(self) -> dict[str, float]:
-        """One measurement: the slowest rank's seconds."""
-        for rank in self._ranks:
-            rank.stdin.write("run\n")
-            rank.stdin.flush()
-        answers = self._answers()
-        slowest = {key: max(answer[key] for answer in answers) for key in answers[0]}
-        self.seconds.append(slowest)
-        return slowest
-
-    def _answers(self) -> list[dict[str, Any]]:
-        answers = []
-        for number, rank in enumerate(self._ranks):
-            line = rank.stdout.readline()
-            while line and not line.startswith("{"):
-                line = rank.stdout.readline()
-            if not line:
-                raise MoeRuntimeError(f"bench: rank {number} of {self.name} ended (exit code {rank.wait()})")
-            answers.append(json.loads(line))
-        return answers
-
-    def close(self) -> None:
-        for rank in self._ranks:
-            rank.kill()
-        for rank in self._ranks:
-            rank.wait()
+        """One measurement."""
+        answers = self.ask("run")
+        self.seconds.append({key: max(answer[key] for answer in answers) for key in answers[0]})
+        return self.seconds[-1]
 
 
 def make_checkpoint(folder: Path, shape: dict[str, Any] = SHAPE) -> None:

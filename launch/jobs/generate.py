@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -212,6 +213,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     parser.add_argument("--keep-fp8", action="store_true", help="leave experts stored in FP8 as FP8")
     parser.add_argument("--tokenizer", default="auto", help="auto: the checkpoint's; bytes: one token per byte")
+    parser.add_argument("--placement", type=Path, help="plan file: which expert lives where")
+    parser.add_argument("--record", type=Path, metavar="FILE.npz", help="write the load trace of this run")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cluster", help="cluster file")
@@ -235,11 +238,16 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer = load_tokenizer(arguments.tokenizer, arguments.model)
         dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
         model = runtime.load_model(
-            arguments.model, dtype=dtype, keep_fp8=arguments.keep_fp8, progress=LoadingProgress(runtime.rank)
+            arguments.model,
+            dtype=dtype,
+            placement=arguments.placement,
+            keep_fp8=arguments.keep_fp8,
+            progress=LoadingProgress(runtime.rank),
         )
         if runtime.rank == 0:
             print(runtime.describe(), file=sys.stderr)
-        bad = generate(runtime, model, tokenizer, arguments)
+        with runtime.record(model, arguments.record) if arguments.record else nullcontext():
+            bad = generate(runtime, model, tokenizer, arguments)
         # Rank 0 alone reports bad lines: a rank that ends first with an error would have the others stopped.
         return EXIT_SOME_INPUT_BAD if bad and runtime.rank == 0 else 0
 

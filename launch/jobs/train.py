@@ -11,6 +11,7 @@ import json
 import math
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,15 @@ class TrainConfig:
     model: fields of a transformers config with `model_type`, or `checkpoint = "DIR"` to start from one.
     files: text files, globs, or "python-standard-library"; read as bytes.
     batch_size: sequences of all ranks together per step. output: folder of the checkpoint that is written.
+    placement: a plan file. record: the load trace of this run is written there (.npz).
     """
 
     model: dict[str, Any]
     files: list[str]
     output: str
     cluster: str | None = None
+    placement: str | None = None
+    record: str | None = None
     dtype: str = "float32"
     sequence_length: int = 256
     batch_size: int = 16
@@ -114,12 +118,13 @@ def train(config: TrainConfig, base: Path, runtime: moe_runtime.Runtime) -> list
     log = _Log(config, runtime, len(tokens))
     model.train()
     losses = []
-    for step in range(config.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
-        ids = batches.of_rank(step, runtime.rank, runtime.size).to(runtime.device)
-        losses.append(train_step(runtime, model, optimizer, ids, config))
-        log.step(step, losses[-1], model)
+    with runtime.record(model, base / config.record) if config.record else nullcontext():
+        for step in range(config.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, step)
+            ids = batches.of_rank(step, runtime.rank, runtime.size).to(runtime.device)
+            losses.append(train_step(runtime, model, optimizer, ids, config))
+            log.step(step, losses[-1], model)
     model.eval()
     folder = (base / config.output).resolve()
     runtime.save_model(model, folder, tokenizer=byte_tokenizer())
@@ -151,8 +156,9 @@ def _make_model(config: TrainConfig, base: Path, runtime: moe_runtime.Runtime) -
     from transformers import AutoConfig
 
     dtype = getattr(torch, config.dtype)
+    placement = base / config.placement if config.placement else None
     if set(config.model) == {"checkpoint"}:
-        return runtime.load_model(base / config.model["checkpoint"], dtype=dtype)
+        return runtime.load_model(base / config.model["checkpoint"], dtype=dtype, placement=placement)
     settings = dict(config.model)
     model_type = settings.pop("model_type", None)
     if not model_type:
@@ -164,7 +170,7 @@ def _make_model(config: TrainConfig, base: Path, runtime: moe_runtime.Runtime) -
     unknown = sorted(set(settings) - set(type(model_config)().to_dict()) - set(model_config.attribute_map))
     if unknown:
         raise ConfigError(f"model: {model_type} has no setting {unknown[0]!r}")
-    return runtime.create_model(model_config, dtype, seed=config.seed)
+    return runtime.create_model(model_config, dtype, seed=config.seed, placement=placement)
 
 
 class _Log:

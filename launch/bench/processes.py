@@ -1,0 +1,73 @@
+"""The processes of a bench's ranks: each answers a line on stdin with one JSON object on stdout, and sleeps between."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from ...core import environment
+from ...core.errors import MoeRuntimeError
+from ..machine import free_port
+
+
+class Processes:
+    """`ranks` processes of a module of this package, of `threads` threads each; one alone is no world.
+
+    `name` is what errors call them. The first answer, in `ready`, comes by itself. MoeRuntimeError when one ends.
+    """
+
+    def __init__(self, name: str, module: str, ranks: int, threads: int, arguments: Sequence[object]) -> None:
+        self.name = name
+        port = free_port()
+        command = [sys.executable, "-m", f"moe_runtime.launch.bench.{module}", *map(str, arguments)]
+        self._processes = [
+            subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=environment.inherited(
+                    environment.rank_environment(rank, ranks, rank, ranks, "127.0.0.1", port, threads)
+                    if ranks > 1
+                    else {}
+                ),
+            )
+            for rank in range(ranks)
+        ]
+        try:
+            self.ready = self._answers()
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, question: str) -> list[dict[str, Any]]:
+        """Every rank's answer."""
+        for number, process in enumerate(self._processes):
+            try:
+                process.stdin.write(f"{question}\n")
+                process.stdin.flush()
+            except BrokenPipeError:
+                self._ended(number)
+        return self._answers()
+
+    def _answers(self) -> list[dict[str, Any]]:
+        return [self._answer(number) for number in range(len(self._processes))]
+
+    def _answer(self, number: int) -> dict[str, Any]:
+        for line in self._processes[number].stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        self._ended(number)
+
+    def _ended(self, number: int) -> Any:
+        code = self._processes[number].wait()
+        raise MoeRuntimeError(f"bench: rank {number} of {self.name} ended (exit code {code})")
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.wait()
