@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,21 @@ class LayerState:
     expert_seconds: float = 0.0  # spent computing experts
     recorder: Recorder | None = None
     slowdown: float = 1.0  # emulated: experts take this many times as long as they would
+    earlier_tokens: np.ndarray | None = None  # per expert, computed under placements before this one
+    passes: int = 0
+    before_pass: Callable[[], None] | None = None  # of the first layer: live rebalancing (rebalance.py)
     states: list[int] = field(default_factory=list)  # of all ranks, at the latest exchange
+
+    def tokens_per_expert(self, rank: int) -> np.ndarray:
+        """Tokens that this rank has computed for each expert [E] int64, whatever slots they have been in."""
+        tokens = np.zeros(self.placement.num_experts, dtype=np.int64)
+        tokens[self.placement.rank_experts(self.index, rank)] = self.tokens_per_slot
+        return tokens if self.earlier_tokens is None else tokens + self.earlier_tokens
+
+    def fold_tokens(self, rank: int) -> None:
+        """Keep the count by expert, before slots hold others."""
+        self.earlier_tokens = self.tokens_per_expert(rank)
+        self.tokens_per_slot[:] = 0
 
 
 class ExpertParallel:
@@ -58,6 +73,9 @@ class ExpertParallel:
     def exchange(self, x_TH: torch.Tensor, topk_ids_TK: torch.Tensor, topk_weights_TK: torch.Tensor, state: int):
         """The request path of DESIGN.md: replica choice, dispatch, experts, combine."""
         layer = self.moe_runtime_layer
+        if layer.before_pass is not None:
+            layer.before_pass()
+        layer.passes += 1
         slots_TK = layer.chooser.choose(topk_ids_TK)
         if layer.recorder is not None:
             layer.recorder.add(layer.index, topk_ids_TK)

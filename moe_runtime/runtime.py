@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from .experts.placement import Plan, load_plan, proportional
 from .experts.routing import ReplicaChooser
 from .layer import experts_modules
 from .model import empty_model, expert_layers, shard_experts
+from .pays import Pays
+from .rebalance import Policy, Rebalancer
 from .recorder import Recorder
 
 _FP8_METHODS = ("fp8",)
@@ -86,6 +89,7 @@ class Runtime:
         self.view = View(0, tuple(range(self.size)), None)
         self._dispatchers: dict[tuple, Dispatcher | NodeDispatcher] = {}
         self._slowdown = self._emulated_slowdown()
+        self._rebalancers: weakref.WeakSet[Rebalancer] = weakref.WeakSet()
         self._join_depth = 0
         self._dense_layers = 0  # of the latest model, that take the C kernel for a few rows
 
@@ -191,6 +195,9 @@ class Runtime:
         if self.config.dense_kernel == "auto" and self.device.type == "cpu":
             self._dense_layers = dense.use_few_rows_kernel(model)
         self.view = View(self.view.number + 1, self.view.ranks, placement)
+        if self.config.rebalance == "auto" and self.size > 1:
+            dispatch = "split" if self.config.replica_choice == "balanced" else "static"
+            self.rebalance_by(model, Pays(dispatch=dispatch), self.config.rebalance_every)
 
     def _emulated_slowdown(self) -> float:
         """How many times as long experts are made to take here, by the cluster file's emulate_speed."""
@@ -205,9 +212,10 @@ class Runtime:
         return self._cluster.rank_speeds() if self._cluster else [1.0] * self.size
 
     def _dispatcher(
-        self, placement: Placement, hidden: int, top_k: int, dtype: torch.dtype
+        self, placement: Placement, hidden: int, top_k: int, dtype: torch.dtype, digest: int | None = None
     ) -> Dispatcher | NodeDispatcher:
-        key = (placement.digest(), hidden, top_k, dtype)
+        digest = placement.digest() if digest is None else digest
+        key = (digest, hidden, top_k, dtype)
         if key not in self._dispatchers:
             wanted = [word.strip() for word in self.config.wire_format.split(",")]
             nodes = self._rank_nodes()
@@ -219,7 +227,7 @@ class Runtime:
                 num_experts=placement.num_experts,
                 top_k=top_k,
                 dtype=dtype,
-                placement_digest=placement.digest(),
+                placement_digest=digest,
                 device=self.device,
                 formats=formats.agree(wanted, self._claims, dtype, self._rank_names),
             )
@@ -279,6 +287,82 @@ class Runtime:
         chooser = self._chooser(placement, layer)
         return ExpertDispatcher(self._dispatcher(placement, hidden_size, top_k, dtype), placement, layer, chooser)
 
+    # ---- live rebalancing ---------------------------------------------------------------------------------------
+
+    def rebalance(
+        self,
+        model: PreTrainedModel,
+        placement: Placement | str | Path,
+        optimizer: torch.optim.Optimizer | None = None,
+        wait: bool = False,
+    ) -> None:
+        """Move to another placement while the model runs (rebalance.py). Every rank calls between the same passes.
+
+        Without `optimizer` it returns at once: in each following forward pass at most `rebalance_slice_mib` of a rank's
+        experts travel, and when all have come and their checksums agree, all ranks switch before the same pass. `wait`
+        does all of it now. While training, give the `optimizer` and call after its step: weights, gradients and
+        optimizer state move, now, as the next step would change them; where this rank gets more or fewer experts, new
+        Parameters take the old ones' places in model and optimizer. A move that fails leaves the placement in force
+        as it is; stderr and `describe()` say why. Raises ConfigError, on all ranks, for a placement that does not fit.
+        """
+        if isinstance(placement, (str, Path)):
+            with self._same_outcome("read placement"):
+                placement = load_plan(placement)
+        rebalancer = self._rebalancer(model)
+        trains = model.training and any(p.requires_grad for m in expert_layers(model) for p in m.parameters())
+        with self._same_outcome("rebalance"):
+            if trains and optimizer is None:
+                raise ConfigError("rebalance: a model in training needs optimizer=, or model.eval() first")
+        rebalancer.begin(placement, optimizer)
+        if wait or optimizer is not None:
+            rebalancer.finish()
+
+    def finish_rebalance(self, model: PreTrainedModel) -> None:
+        """Do what is left of a rebalance now. Every rank calls."""
+        self._rebalancer(model).finish()
+
+    def rebalance_by(self, model: PreTrainedModel, policy: Policy | None, every: int) -> None:
+        """Every `every` forward passes show `policy` (on rank 0) what was measured, and move to what it answers.
+
+        Every rank calls. None ends it. `rebalance = "auto"` is this with pays.Pays. While a model trains nothing moves
+        by itself: call `rebalance_step` after the optimizer's step.
+        """
+        rebalancer = self._rebalancer(model)
+        rebalancer.policy, rebalancer.every = policy, every
+
+    def rebalance_step(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+        """In training, after the optimizer's step: look, if it is time, and move what the policy wants. Every rank."""
+        self._rebalancer(model).between_steps(optimizer)
+
+    def _rebalancer(self, model: PreTrainedModel) -> Rebalancer:
+        if not hasattr(model, "moe_runtime_rebalancer"):
+            layers = expert_layers(model)
+            model.moe_runtime_rebalancer = Rebalancer(
+                self.transport,
+                layers,
+                int(self.config.rebalance_slice_mib * (1 << 20)),
+                self.config.rebalance_stall_s,
+                self._rank_speeds(),
+                functools.partial(self._switched, layers),
+            )
+            layers[0].moe_runtime_layer.before_pass = model.moe_runtime_rebalancer.before_pass
+            self._rebalancers.add(model.moe_runtime_rebalancer)
+        return model.moe_runtime_rebalancer
+
+    def _switched(self, layers: list[Any], old: Placement, new: Placement) -> None:
+        """The weights are in their new slots: make everything else follow."""
+        slots = new.rank_slots(self.rank)
+        digest, old_digest = new.digest(), old.digest()
+        for module in layers:
+            layer, before = module.moe_runtime_layer, module.moe_runtime_layer.dispatcher
+            layer.dispatcher = self._dispatcher(new, before.hidden_size, before.top_k, before.dtype, digest)
+            layer.chooser, layer.placement = self._chooser(new, layer.index), new
+            layer.tokens_per_slot = np.zeros(slots.stop - slots.start, dtype=np.int64)
+            module.num_experts = slots.stop - slots.start
+        if digest != old_digest:  # a dispatcher of the old placement is made again if anyone asks for it
+            self._dispatchers = {key: made for key, made in self._dispatchers.items() if key[0] != old_digest}
+        self.view = View(self.view.number + 1, self.view.ranks, new)
+
     # ---- uneven work and gradients ------------------------------------------------------------------------------
 
     @contextmanager
@@ -335,9 +419,9 @@ class Runtime:
         placement = layers[0].placement
         load = torch.zeros(len(layers), placement.num_experts, dtype=torch.int64)
         for layer in layers:
-            load[layer.index, placement.rank_experts(layer.index, self.rank)] = torch.from_numpy(layer.tokens_per_slot)
+            load[layer.index] = torch.from_numpy(layer.tokens_per_expert(self.rank))
             if reset:
-                layer.tokens_per_slot[:] = 0
+                layer.tokens_per_slot[:], layer.earlier_tokens = 0, None
         self.transport.all_reduce(load, "load")
         return load.numpy()
 
@@ -373,6 +457,8 @@ class Runtime:
         for (_, hidden, _, dtype), dispatcher in self._dispatchers.items():
             lines.append(f"dispatch of [T, {hidden}] {dtype}: {dispatcher.describe()}")
             lines += formats.describe(dispatcher.formats, self._claims, dtype)
+        for rebalancer in self._rebalancers:
+            lines += rebalancer.describe()
         if any(self.transport.waits.count):
             lines.append(f"waited in exchanges of rows for: {self.transport.waits.describe()}")
         return "\n".join(lines + [f"note: {note}" for note in self._notes])

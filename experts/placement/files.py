@@ -23,12 +23,7 @@ _PLAN_FIELDS = ("cost", "fixed", "node", "load", "policy", "equal", "note")
 
 def save_plan(plan: Placement, path: str | Path) -> None:
     """Writes a Plan, or a bare Placement, as JSON; the file appears whole or not at all. Numbers survive exactly."""
-    found: dict[str, Any] = {"schema": SCHEMA, "kind": "moe-runtime plan"}
-    found |= {name: _plain(getattr(plan, name)) for name in _FIELDS}
-    if isinstance(plan, Plan):
-        ranks = {name: _plain(getattr(plan.ranks, name)) for name in ("cost", "fixed", "node")}
-        found["plan"] = ranks | {name: _plain(getattr(plan, name)) for name in ("load", "policy", "equal", "note")}
-    _write_json(path, found)
+    _write_json(path, plan_to_dict(plan))
 
 
 def load_plan(path: str | Path) -> Placement:
@@ -39,6 +34,21 @@ def load_plan(path: str | Path) -> Placement:
         raise ConfigError(f"{path}: cannot read the plan ({error.strerror}); check the path") from None
     except ValueError as error:
         raise ConfigError(f"{path}: not valid JSON: {error}; write the plan again with save_plan") from None
+    return plan_from_dict(found, path)
+
+
+def plan_to_dict(plan: Placement) -> dict[str, Any]:
+    """A Plan, or a bare Placement, as lists, numbers and strings: for a file, or a message to other ranks."""
+    found: dict[str, Any] = {"schema": SCHEMA, "kind": "moe-runtime plan"}
+    found |= {name: _plain(getattr(plan, name)) for name in _FIELDS}
+    if isinstance(plan, Plan):
+        ranks = {name: _plain(getattr(plan.ranks, name)) for name in ("cost", "fixed", "node")}
+        found["plan"] = ranks | {name: _plain(getattr(plan, name)) for name in ("load", "policy", "equal", "note")}
+    return found
+
+
+def plan_from_dict(found: Any, path: str | Path) -> Placement:
+    """The Plan or Placement that plan_to_dict took apart. Raises ConfigError; `path` says whence it came."""
     if not isinstance(found, dict) or found.get("kind") != "moe-runtime plan":
         raise ConfigError(f"{path}: no plan of moe-runtime; write it with save_plan")
     if found.get("schema") != SCHEMA:

@@ -124,6 +124,7 @@ def train(config: TrainConfig, base: Path, runtime: moe_runtime.Runtime) -> list
                 group["lr"] = learning_rate(config, step)
             ids = batches.of_rank(step, runtime.rank, runtime.size).to(runtime.device)
             losses.append(train_step(runtime, model, optimizer, ids, config))
+            runtime.rebalance_step(model, optimizer)
             log.step(step, losses[-1], model)
     model.eval()
     folder = (base / config.output).resolve()

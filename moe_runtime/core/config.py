@@ -39,6 +39,9 @@ class RuntimeConfig:
     replica_choice: where an expert has replicas, which one a token goes to: "static" (the placement's shares), "local"
         (one of this rank, else of this node, else by shares), or "balanced" (split anew for every batch, from all
         ranks' counts and speeds; one small exchange more per expert layer).
+    rebalance: "off", or "auto": every `rebalance_every` forward passes look whether another placement would pay, and
+        move experts to it while the model runs, in slices of at most `rebalance_slice_mib` MiB per rank and pass.
+    rebalance_stall_s: seconds without progress after which a move is reported on stderr.
     dense_kernel: "torch", or "auto": half-precision linear layers of a few rows on a CPU (decode) in C.
     """
 
@@ -52,6 +55,10 @@ class RuntimeConfig:
     expert_kernel: str = "auto"
     dense_kernel: str = "auto"
     replica_choice: str = "static"
+    rebalance: str = "off"
+    rebalance_every: int = 200
+    rebalance_slice_mib: float = 8.0
+    rebalance_stall_s: float = 60.0
 
     def __post_init__(self) -> None:
         if not self.timeout_s > 0:
@@ -70,6 +77,11 @@ class RuntimeConfig:
             raise ConfigError(
                 f"replica_choice must be one of {', '.join(REPLICA_CHOICES)}, got {self.replica_choice!r}"
             )
+        if self.rebalance not in ("off", "auto"):
+            raise ConfigError(f"rebalance must be off or auto, got {self.rebalance!r}")
+        for name in ("rebalance_every", "rebalance_slice_mib", "rebalance_stall_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)!r}")
 
     @classmethod
     def from_any(cls, config: RuntimeConfig | Mapping[str, Any] | None) -> RuntimeConfig:

@@ -1,0 +1,104 @@
+"""What must travel from one placement to another, in which pieces: pure functions, the same answer on every rank."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .core.placement import Placement
+
+
+@dataclass(frozen=True)
+class Move:
+    """One expert's rows from a rank that holds it to one that will."""
+
+    layer: int
+    expert: int
+    source: int
+    destination: int
+    num_bytes: int
+
+    def __str__(self) -> str:
+        return f"layer {self.layer}, expert {self.expert}, rank {self.source} -> rank {self.destination}"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Bytes [begin, end) of one move, by its number."""
+
+    move: int
+    begin: int
+    end: int
+
+
+def list_moves(old: Placement, new: Placement, expert_bytes: Sequence[int]) -> list[Move]:
+    """Every expert that a rank will hold and does not hold yet, by layer, destination and expert.
+
+    expert_bytes [L]: of one expert of each layer. It comes from the holder that has the least to send so far.
+    """
+    to_send: Counter[int] = Counter()
+    moves = []
+    for layer, num_bytes in enumerate(expert_bytes):
+        holders: dict[int, list[int]] = {}
+        for slot, expert in enumerate(old.slot_expert[layer].tolist()):
+            holders.setdefault(expert, []).append(int(old.slot_rank[slot]))
+        for rank in range(new.num_ranks):
+            held = set(old.rank_experts(layer, rank))
+            for expert in new.rank_experts(layer, rank):
+                if expert not in held:
+                    source = min(holders[expert], key=lambda holder: (to_send[holder], holder))
+                    to_send[source] += num_bytes
+                    moves.append(Move(layer, expert, source, rank, num_bytes))
+    return moves
+
+
+def cut_slices(moves: Sequence[Move], limit: int) -> list[list[Chunk]]:
+    """Slices in which no rank sends or receives more than `limit` bytes; each sorted by source, destination, move.
+
+    An expert's bytes may be cut, and come in order.
+    """
+    sent: Counter[tuple[int, int]] = Counter()
+    received: Counter[tuple[int, int]] = Counter()
+    full_out: Counter[int] = Counter()  # slices of each rank that have no room left
+    full_in: Counter[int] = Counter()
+    slices: list[list[Chunk]] = []
+    for number, move in enumerate(moves):
+        begin, at = 0, max(full_out[move.source], full_in[move.destination])
+        while begin < move.num_bytes:
+            out, into = (at, move.source), (at, move.destination)
+            size = min(move.num_bytes - begin, limit - sent[out], limit - received[into])
+            if size > 0:
+                slices += [[] for _ in range(at + 1 - len(slices))]
+                slices[at].append(Chunk(number, begin, begin + size))
+                begin += size
+                sent[out] += size
+                received[into] += size
+            while sent[full_out[move.source], move.source] >= limit:
+                full_out[move.source] += 1
+            while received[full_in[move.destination], move.destination] >= limit:
+                full_in[move.destination] += 1
+            at += 1
+    for chunks in slices:
+        chunks.sort(key=lambda chunk: (moves[chunk.move].source, moves[chunk.move].destination, chunk.move))
+    return slices
+
+
+def kept_slots(old: Placement, new: Placement, layer: int, rank: int) -> np.ndarray:
+    """For each of a rank's new local slots the old one with the same expert, or -1 where it arrives."""
+    before = {expert: slot for slot, expert in enumerate(old.rank_experts(layer, rank))}
+    return np.array([before.get(expert, -1) for expert in new.rank_experts(layer, rank)], dtype=np.int64)
+
+
+def order_in_place(kept: np.ndarray) -> list[tuple[int, int]]:
+    """Copies (from, to) that bring kept rows to their new slots inside one array without losing any.
+
+    Both placements are in expert order, so rows keep their order: those that go up are copied from the top, those that
+    go down from the bottom, and none is overwritten before it has gone.
+    """
+    pairs = [(int(source), target) for target, source in enumerate(kept) if source >= 0 and source != target]
+    down = [pair for pair in pairs if pair[1] < pair[0]]
+    up = [pair for pair in reversed(pairs) if pair[1] > pair[0]]
+    return down + up

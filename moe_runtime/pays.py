@@ -1,0 +1,43 @@
+"""The policy of `rebalance = "auto"`: another placement when it saves more time than moving to it costs."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .core.placement import Placement
+from .experts.placement import Plan, Rank, plan
+from .rebalance import Look
+
+
+class Pays:
+    """horizon: for how many times the time between two looks a placement is expected to stay good.
+
+    dispatch: as in Plan.times, how tokens will be divided over replicas.
+    """
+
+    def __init__(self, horizon: float = 10.0, dispatch: str = "static") -> None:
+        self.horizon, self.dispatch, self.decision = horizon, dispatch, ""
+
+    def __call__(self, look: Look) -> Placement | None:
+        old = look.placement
+        if not look.load.any():
+            self.decision = f"after {look.passes} passes: no tokens, nothing to plan for"
+            return None
+        slots = np.bincount(old.slot_rank, minlength=old.num_ranks).tolist()
+        ranks = [Rank(cost, slots=count) for cost, count in zip(look.cost.tolist(), slots, strict=True)]
+        seconds_per_move = float(np.mean(look.expert_bytes)) / look.bytes_per_s
+        made = plan(look.load, ranks, sum(slots), start=old, move_cost=seconds_per_move / self.horizon)
+        tables = (old.slot_expert, old.slot_rank, old.slot_share, old.num_experts, old.num_ranks)
+        now = Plan(*tables, made.ranks, made.load).times(dispatch=self.dispatch).max(axis=1).sum()
+        then = made.times(dispatch=self.dispatch).max(axis=1).sum()
+        gain, moves = (now - then) * self.horizon, made.moves_from(old)
+        price = moves * seconds_per_move
+        pays = gain > price and not np.array_equal(made.slot_expert, old.slot_expert)
+        shares_only = moves == 0 and gain > 0 and self.dispatch == "static"
+        verdict = "moving" if pays else "new shares" if shares_only else "stays"
+        self.decision = (
+            f"after {look.passes} passes: slowest ranks {now * 1e3:.1f} ms, planned {then * 1e3:.1f} ms; "
+            f"{moves} moves, {price * 1e3:.1f} ms, to save {gain * 1e3:.1f} ms in {self.horizon:g} times as long: "
+            f"{verdict}"
+        )
+        return made if pays or shares_only else None
