@@ -20,6 +20,7 @@ from .comm.quirks import as_bytes
 from .comm.transport import Transport
 from .comm.wire import all_gather_message
 from .core.errors import ConfigError
+from .core.memory import pool
 from .core.placement import Placement
 from .moves import Chunk, cut_slices, kept_slots, list_moves, order_in_place
 
@@ -123,17 +124,21 @@ class Migration:
         self._versions = self._weight_versions()
         self._staging: dict[int, torch.Tensor] = {}
         self._fresh: dict[tuple[int, int], torch.Tensor] = {}
-        self._crc: dict[int, int] = {}
+        self._crc: dict[int, int] = {}  # of what this rank has sent, by move
+        self._arrived_crc: dict[int, int] = {}
         self._arrive: Callable[[], torch.Tensor] | None = None
 
     def set_aside(self) -> None:
         """Take the memory that this rank needs. Raises what the allocator raises."""
-        for number, move in enumerate(self.moves):
-            if move.destination == self.transport.rank:
-                device = self.columns[move.layer][0].get().device
-                self._staging[number] = torch.empty(move.num_bytes, dtype=torch.uint8, device=device)
+        rank, device = self.transport.rank, self.columns[0][0].get().device
+        mine = [number for number, move in enumerate(self.moves) if move.destination == rank]
+        sizes = [_padded(self.moves[number].num_bytes) for number in mine]
+        rows = _bytes(sum(sizes), device).split(sizes)
+        self._staging = {n: row[: self.moves[n].num_bytes] for n, row in zip(mine, rows, strict=True)}
+        most = max((self._size(chunks, "source") for chunks in self.slices), default=0)
+        self._send = _bytes(most, device)  # used again for every slice
         for index, columns in enumerate(self.columns):
-            count = len(self.new.rank_experts(index, self.transport.rank))
+            count = len(self.new.rank_experts(index, rank))
             for at, column in enumerate(columns):
                 tensor = column.get()
                 if len(tensor) != count:
@@ -155,8 +160,7 @@ class Migration:
     def _start(self) -> None:
         chunks, rank = self.slices[self.progress.done], self.transport.rank
         mine = [chunk for chunk in chunks if self.moves[chunk.move].source == rank]
-        send = self._units(mine)
-        at = 0
+        send, at = self._send[: self._size(chunks, "source")], 0
         for chunk in mine:
             size = chunk.end - chunk.begin
             self._gather(chunk, send[at : at + size])
@@ -177,7 +181,10 @@ class Migration:
         at = 0
         for chunk in coming:
             size = chunk.end - chunk.begin
-            self._staging[chunk.move][chunk.begin : chunk.end].copy_(received[at : at + size])
+            rows = self._staging[chunk.move]
+            rows[chunk.begin : chunk.end].copy_(received[at : at + size])
+            if chunk.end == len(rows):  # all of this expert is there
+                self._arrived_crc[chunk.move] = _crc(rows)
             at += _padded(size)
         self._arrive = None
         self.progress.now("the next forward pass", self.progress.done + 1)
@@ -192,9 +199,10 @@ class Migration:
             counts[getattr(self.moves[chunk.move], end)] += _padded(chunk.end - chunk.begin) // UNIT
         return counts
 
-    def _units(self, chunks: list[Chunk]) -> torch.Tensor:
-        size = sum(_padded(chunk.end - chunk.begin) for chunk in chunks)
-        return torch.zeros(size, dtype=torch.uint8, device=self.columns[0][0].get().device)
+    def _size(self, chunks: list[Chunk], end: str) -> int:
+        """Bytes, padding included, of the chunks whose source or destination is this rank."""
+        mine = (chunk for chunk in chunks if getattr(self.moves[chunk.move], end) == self.transport.rank)
+        return sum(_padded(chunk.end - chunk.begin) for chunk in mine)
 
     def _gather(self, chunk: Chunk, out: torch.Tensor) -> None:
         """A chunk's bytes from the rows of its expert: one column's row after the other."""
@@ -214,7 +222,7 @@ class Migration:
         changed = self._weight_versions() != self._versions
         said = all_gather_message(self.transport, [mine, changed], "rebalance (checksums)")
         expected = {number: crc for checksums, _ in said for number, crc in checksums}
-        wrong = next((n for n, rows in sorted(self._staging.items()) if _crc(rows) != expected.get(n)), None)
+        wrong = next((n for n in sorted(self._staging) if self._arrived_crc.get(n) != expected.get(n)), None)
         found = "" if wrong is None else f"the checksum of {self.moves[wrong]} differs"
         if any(changed for _, changed in said):
             rank = [changed for _, changed in said].index(True)
@@ -257,6 +265,14 @@ class Migration:
         """What must be equal on all ranks, with the word for it."""
         named = [[column.name, list(column.get().shape[1:]), str(column.get().dtype)] for column in self.columns[0]]
         return [["placement", self.new.digest()], ["placement in force", self.old.digest()], ["tensors", named]]
+
+
+def _bytes(count: int, device: torch.device) -> torch.Tensor:
+    return (
+        pool.empty((count,), torch.uint8)
+        if device.type == "cpu"
+        else torch.empty(count, dtype=torch.uint8, device=device)
+    )
 
 
 def _padded(size: int) -> int:

@@ -201,9 +201,16 @@ def fails(checkpoint: Path, how: str) -> list:
             take_in = Migration._take_in
 
             def flip(self) -> None:
-                take_in(self)
+                arrive = self._arrive
                 if self.progress.done == 2:
-                    self._staging[min(self._staging)][7] ^= 1
+
+                    def damaged() -> torch.Tensor:
+                        received = arrive().clone()
+                        received.view(-1)[7] ^= 1
+                        return received
+
+                    self._arrive = damaged
+                take_in(self)
 
             Migration._take_in = flip
         if runtime.rank == 1 and how == "memory":

@@ -21,7 +21,7 @@ from .balance_ranks import SHAPE, SUBJECTS
 from .model import machine_line
 from .processes import Processes
 
-_RECORDED = (16, 2048)  # tokens with which the recorder is timed
+_RECORDED = (16, 2048)  # tokens with which the recorder and live moves are timed
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,6 +65,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         try:
             rows = {str(skew): of_skew(ranks, arguments, skew) for skew in arguments.skew}
             recorder = {tokens: slowest(ranks, "recorder", tokens, arguments.skew[-1]) for tokens in _RECORDED}
+            moving = {tokens: slowest(ranks, "moving", tokens, arguments.skew[-1]) for tokens in _RECORDED}
         finally:
             ranks.close()
     return {
@@ -76,6 +77,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "emulated_speed": arguments.speed,
         "describe": ranks.ready[1]["describe"],
         "skew": rows,
+        "moving": moving,
         "recorder": {
             tokens: {**found, "share": found["add_s"] / found["layer_s"]} for tokens, found in recorder.items()
         },
@@ -171,6 +173,12 @@ def render(report: dict[str, Any]) -> str:
         lines.append(
             f"recorder, {tokens} tokens: {found['add_s'] * 1e6:.1f} us a layer of {found['layer_s'] * 1e3:.1f} ms: "
             f"{found['share']:.2%}"
+        )
+    for tokens, found in report["moving"].items():
+        lines.append(
+            f"live move, {tokens} tokens: {found['sent_mib']:.0f} MiB sent by each rank in {found['passes']} passes of "
+            f"{found['moving_s'] * 1e3:.1f} ms, {found['still_s'] * 1e3:.1f} ms without; the switch: "
+            f"{found['last_s'] * 1e3:.1f} ms"
         )
     return "\n".join(lines)
 

@@ -39,6 +39,7 @@ class BalanceRank:
             weight = torch.randn(parameter.shape, generator=generator).mul_(0.02).to(torch.bfloat16)
             setattr(self.whole, name, torch.nn.Parameter(weight, requires_grad=False))
         self.layers: dict[str, Any] = {}
+        self.models: dict[str, Any] = {}
 
     def _model(self) -> torch.nn.Module:
         from transformers import AutoConfig
@@ -90,7 +91,7 @@ class BalanceRank:
             mine = placement.rank_experts(0, self.runtime.rank)
             for parameter_name, whole in self.whole.named_parameters():
                 setattr(model.experts, parameter_name, torch.nn.Parameter(whole.data[mine], requires_grad=False))
-            self.layers[name] = model.experts
+            self.layers[name], self.models[name] = model.experts, model.eval()
         return {"slots": {name: np.bincount(p.slot_rank).tolist() for name, (p, _) in made.items()}}
 
     def run(self, name: str, tokens: int, skew: float, number: int) -> dict[str, float]:
@@ -130,6 +131,28 @@ class BalanceRank:
             seconds = time.perf_counter() - start
         self.runtime.transport.barrier("bench")
         return {"seconds": seconds}
+
+    def moving(self, tokens: int, skew: float) -> dict[str, float]:
+        """Seconds of a pass without a move, and of each pass of a live move of half of all experts."""
+        model, layer = self.models["even"], self.layers["even"].moe_runtime_layer
+        old = layer.placement
+        owners = [[int(old.slot_rank[list(old.slot_expert[0]).index(e)])] for e in range(self.num_experts)]
+        for expert in range(0, self.num_experts, 2):  # every second expert changes places with the other rank's
+            owners[expert] = [1 - owners[expert][0]]
+        still = [self.run("even", tokens, skew, number)["seconds"] for number in range(20)]
+        self.runtime.rebalance(model, placements.from_owners([owners], 2))
+        migration, passes = model.moe_runtime_rebalancer.migration, []
+        while model.moe_runtime_rebalancer.migration is not None:
+            passes.append(self.run("even", tokens, skew, len(passes))["seconds"])
+        assert layer.placement is not old
+        self.runtime.rebalance(model, old, wait=True)
+        return {
+            "still_s": float(np.median(still)),
+            "moving_s": float(np.median(passes[:-1])),
+            "last_s": passes[-1],  # checks the last checksums, and switches
+            "passes": len(passes),
+            "sent_mib": migration.bytes_sent / 2**20,
+        }
 
     def recorder(self, tokens: int, skew: float) -> dict[str, float]:
         """Median seconds of a recorder's `add` for this rank's part of a batch, and the layer's without one."""
