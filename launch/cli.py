@@ -6,6 +6,7 @@ Heavy modules are imported inside the commands that need them. A user's mistake 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import re
 import shlex
@@ -47,6 +48,16 @@ Options of moe-launch stand before SCRIPT; everything after it is the script's. 
   moe-launch generate --model path/to/checkpoint --prompt "Hello" --prompt "Good morning" --max-new-tokens 32
   moe-launch generate --nproc-per-node 2 --model path/to/checkpoint --input prompts.jsonl --output answers.jsonl
   moe-launch generate --model path/to/checkpoint --prompt "Hello" --temperature 0.7 --seed 1 --json > answer.json""",
+    "plan": """examples:
+  moe-launch plan --model configs/deepseek-v3/config.json --cluster configs/mixed-24.toml
+  moe-launch plan --model path/to/checkpoint --cluster cluster.toml --load load.npz --out plan.json --plot plan.png
+  moe-launch plan --model configs/deepseek-v3/config.json --cluster configs/mixed-24.toml --tflops 400 --memory-gb-s 1e3
+No device and no weights are needed: what a rank holds, what limits it, and how far from optimal it can be at most.""",
+    "simulate": """examples:
+  moe-launch simulate --trace load.npz --ranks 32 72 144 --slots 288 --policy even eplb fast --dispatch static split
+  moe-launch simulate --trace monday.npz tuesday.npz --cluster configs/mixed-24.toml --policy fast smooth robust
+  moe-launch simulate --trace load.npz --ranks 1024 --policy fast warm --windows 20 --json > report.json
+Traces come from runtime.record, generate --record, or SGLang's expert recorder. Everything it says is predicted.""",
     "check": """examples:
   moe-launch check
   moe-launch check --vendor ascend --json > report.json
@@ -257,6 +268,15 @@ def _parser() -> argparse.ArgumentParser:
     _add(job, "--timeout-s", type=_seconds, default=60.0, metavar="SECONDS", help="deadline of a probe (default: 60)")
     job.add_argument("--json", action="store_true", help=what)
 
+    for name, what in (
+        ("plan", "Plan where experts live: memory, experts and predicted time per rank; needs no device."),
+        ("simulate", "Replay load traces against placements, policies and cluster sizes."),
+    ):
+        module = importlib.import_module(f".planning.{name}", __package__)
+        added = commands.add_parser(name, help=what, description=what, epilog=_EXAMPLES[name])
+        added.set_defaults(command=module.run)
+        module.add_options(_BothSpellings(added))
+
     commands.add_parser("bench", help="Measure on this machine; see moe-launch bench --help.")
     return parser
 
@@ -305,6 +325,17 @@ def _add(group: Any, *names: str, **settings: Any) -> None:
     if other not in names:
         unlisted = {"dest": action.dest, "help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
         group.add_argument(other, **{**settings, **unlisted})
+
+
+class _BothSpellings:
+    """A parser, or group, whose add_argument adds the underscore spelling as well."""
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+
+    def add_argument(self, *names: str, **settings: Any) -> None:
+        settings.setdefault("dest", names[0].lstrip("-").replace("-", "_"))
+        _add(self._group, *names, **settings)
 
 
 class _PassOn(argparse.Action):

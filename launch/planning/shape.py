@@ -1,0 +1,96 @@
+"""What a model's config says about sizes: experts, layers, bytes. No weights are read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...core.errors import CheckpointError, ConfigError
+
+# Bytes of a weight; FP8 with one float32 scale for 128 x 128 weights.
+EXPERT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 1.0 + 4.0 / (128 * 128)}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """layers: expert layers' numbers in the model, where their names say so. expert_weights: of one expert of one
+    layer. dense_weights: all others, which every rank holds. stored: the dtype the experts are held in."""
+
+    name: str
+    num_layers: int
+    num_experts: int
+    top_k: int
+    hidden: int
+    expert_weights: int
+    dense_weights: int
+    stored: str
+    dense_bytes_per_weight: float
+    layers: tuple[int, ...] | None = None
+
+    @property
+    def expert_bytes(self) -> float:
+        """Of one expert of one layer."""
+        return self.expert_weights * EXPERT_BYTES[self.stored]
+
+    @property
+    def dense_bytes(self) -> float:
+        return self.dense_weights * self.dense_bytes_per_weight
+
+    @property
+    def products_per_row(self) -> int:
+        """Multiply-adds of one token in one of its experts: each weight once."""
+        return self.expert_weights
+
+
+def read_shape(path: str | Path, dtype: str = "auto") -> ModelShape:
+    """The shape of a model folder, or of a bare config.json; transformers builds the model without memory.
+
+    dtype: what experts are held in; "auto" takes FP8 where the checkpoint has it, else the config's. Raises ConfigError
+    or CheckpointError for what cannot be read, or has no experts.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    from ...layer import experts_modules
+    from ...model import empty_model, hidden_size_of, routing_top_k
+    from ...recorder import layer_numbers
+
+    path = Path(path)
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        quantized = fields.pop("quantization_config", None)
+        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot read the model's config ({error.strerror}); check the path") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        said = " ".join(str(error).split("\n\n")[0].split())
+        raise CheckpointError(f"{file}: no config that transformers can read ({said})") from None
+    stored = dtype
+    if dtype == "auto":
+        own = str(config.dtype or torch.bfloat16).removeprefix("torch.")
+        stored = "fp8" if quantized and quantized.get("quant_method") == "fp8" else own
+    if stored not in EXPERT_BYTES:
+        raise ConfigError(f"{file}: dtype {stored!r}; choose one of {', '.join(EXPERT_BYTES)} with --dtype")
+    held = torch.bfloat16 if stored == "fp8" else getattr(torch, stored)
+    model = empty_model(config, held)
+    modules = experts_modules(model)
+    first = next(iter(modules.values()))
+    counts = {(m.num_experts, sum(p.numel() for p in m.parameters(recurse=False))) for m in modules.values()}
+    if len(counts) > 1:
+        raise ConfigError(f"{file}: expert layers of different sizes {sorted(counts)}; plan takes layers alike")
+    (num_experts, weights), *_ = counts
+    dense = sum(p.numel() for p in model.parameters()) - weights * len(modules)
+    return ModelShape(
+        f"{config.model_type} ({path})",
+        len(modules),
+        num_experts,
+        routing_top_k(config),
+        hidden_size_of(first),
+        weights // num_experts,
+        dense,
+        stored,
+        held.itemsize,
+        layer_numbers(list(modules)),
+    )

@@ -1,0 +1,252 @@
+"""`moe-launch plan` and `simulate`: transformers' own sizes, figures that follow from what is given, nothing silent."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from families import FAMILIES, reference_model, write_checkpoint
+
+from moe_runtime.experts import placement, traces
+from moe_runtime.launch import cli
+from moe_runtime.launch.planning import published
+from moe_runtime.launch.planning.rates import make_rates
+from moe_runtime.launch.planning.shape import read_shape
+
+ROOT = Path(__file__).resolve().parent.parent
+V3, MIXED = str(ROOT / "configs/deepseek-v3/config.json"), str(ROOT / "configs/mixed-24.toml")
+GIB = 2**30
+
+
+def launch(capsys, *words: object) -> tuple[int, str, str]:
+    code = cli.main([str(word) for word in words])
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+@pytest.fixture(scope="module")
+def loads(tmp_path_factory) -> Path:
+    """Two workloads of V3's shape in one step each, and one that drifts over six steps."""
+    folder = tmp_path_factory.mktemp("loads")
+    base, random = traces.synthetic_load(), np.random.default_rng(1)
+    other = base * random.lognormal(0, 0.4, base.shape)
+    steps = np.stack([base[:6] * random.lognormal(0, 0.1 * step, (6, 256)) for step in range(6)])
+    for name, load in (("one", base[None]), ("two", other[None]), ("drift", steps)):
+        traces.save(traces.LoadTrace(np.rint(load)), folder / f"{name}.npz")
+    return folder
+
+
+# ---------------------------------------------------------------- sizes
+
+
+def test_deepseek_v3_has_its_published_size():
+    shape = read_shape(V3)
+    assert (shape.num_layers, shape.num_experts, shape.top_k, shape.hidden) == (58, 256, 8, 7168)
+    assert shape.layers == tuple(range(3, 61)) and shape.stored == "fp8"
+    assert round((shape.dense_weights + 58 * 256 * shape.expert_weights) / 1e9) == 671
+    assert shape.expert_bytes == pytest.approx(3 * 7168 * 2048 * (1 + 4 / 128**2))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sizes_are_those_of_transformers_model(family, tmp_path):
+    write_checkpoint(tmp_path, family)
+    shape = read_shape(tmp_path, "float32")
+    everything = sum(p.numel() for p in reference_model(family).parameters())
+    assert shape.num_experts == 16
+    assert shape.dense_weights + shape.num_layers * 16 * shape.expert_weights == everything
+
+
+# ---------------------------------------------------------------- plan
+
+
+def test_plan_says_who_holds_what_and_what_limits_it(capsys, loads, tmp_path):
+    code, out, _ = launch(
+        capsys, "plan", "--model", V3, "--cluster", MIXED, "--load", loads / "one.npz", "--out", tmp_path / "plan.json",
+        "--tflops", 400, "--memory-gb-s", 1500, "--json",
+    )  # fmt: skip
+    report = json.loads(out)
+    ranks = report["ranks"]
+    assert code == 0 and report["slots"] == 288 and sum(row["slots"] for row in ranks) == 288
+    for row, memory in zip(ranks, [96] * 8 + [64] * 8 + [48] * 8, strict=True):
+        held = row["dense_bytes"] + row["expert_bytes"]
+        assert row["left_bytes"] == pytest.approx(memory * GIB - held) and row["left_bytes"] >= 0
+    assert sum(row["share_of_rows"] for row in ranks) == pytest.approx(1)
+    assert report["bound"] <= report["step"] <= 1.03 * report["bound"] < report["even_step"]
+    assert sum(report["limits"].values()) == 58
+    plan = placement.load_plan(tmp_path / "plan.json")
+    assert plan.times().max(axis=1).sum() == pytest.approx(report["step"])
+
+
+def test_plan_for_people_names_its_assumptions(capsys):
+    code, out, _ = launch(capsys, "plan", "--model", V3, "--cluster", MIXED)
+    assert code == 0
+    for said in (
+        "no load given: all experts alike", "nothing measured: times are in rows of a device of speed 1", "predicted:",
+        "no placement can be below", "what limits it:", "16-23 slow", "links are left out",
+    ):  # fmt: skip
+        assert said in out
+
+
+def test_a_faster_device_takes_less_time_and_reading_experts_takes_some(capsys):
+    def step(*words: object) -> float:
+        return json.loads(launch(capsys, "plan", "--model", V3, "--cluster", MIXED, *words, "--json")[1])["step"]
+
+    slow, fast = step("--tflops", 100, "--tokens", 64), step("--tflops", 1000, "--tokens", 64)
+    assert fast < slow < step("--tflops", 100, "--memory-gb-s", 100, "--tokens", 64)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--model", "no/such", "--cluster", MIXED], "no/such: cannot read the model's config"),
+        (["--model", V3, "--cluster", "no/such.toml"], "no/such.toml: cannot read the cluster file"),
+        (["--model", V3, "--cluster", MIXED, "--load", "no/such.npz"], "no/such.npz: cannot read the trace"),
+        (["--model", V3, "--cluster", MIXED, "--reserve-gib", "14"], "GiB short; add ranks or memory, or reserve less"),
+        (["--model", V3, "--cluster", MIXED, "--dtype", "bfloat16"], "hold the experts in FP8 (--dtype fp8)"),
+        (["--model", V3, "--cluster", MIXED, "--reserve-gib", "20"], "rank 16 (node slow) has 48 GiB; the dense part"),
+        (["--model", V3, "--cluster", MIXED, "--slots", "2000"], "2000 slots, but the ranks hold at most"),
+        (["--model", V3, "--cluster", MIXED, "--memory-gb-s", "5"], "--memory-gb-s without --tflops"),
+        (["--model", V3, "--cluster", MIXED, "--plot", "plan.txt"], "must end in .png, .pdf or .svg"),
+        (["--model", V3, "--cluster", MIXED, "--tokens", "0"], "--tokens must be at least 1"),
+        (["--model", V3], "--cluster"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(capsys, words, told):
+    code, out, err = launch(capsys, "plan", *words)
+    assert code == 2 and not out and told in err and err.count("\n") == 1
+
+
+def test_a_load_of_another_model_is_refused(capsys, loads):
+    code, _, err = launch(capsys, "plan", "--model", V3, "--cluster", MIXED, "--load", loads / "drift.npz")
+    assert code == 2 and "a load of 6 layers and 256 experts" in err
+
+
+def test_plots_are_written_whole_or_refused_in_a_line(capsys, loads, tmp_path, monkeypatch):
+    words = ["plan", "--model", V3, "--cluster", MIXED, "--load", loads / "one.npz", "--plot", tmp_path / "plan.png"]
+    assert launch(capsys, *words)[0] == 0
+    assert (tmp_path / "plan.png").read_bytes()[:4] == b"\x89PNG"
+    words = ["simulate", "--trace", loads / "drift.npz", "--ranks", 8, "--plot", tmp_path / "simulate.svg"]
+    assert launch(capsys, *words)[0] == 0
+    assert b"<svg" in (tmp_path / "simulate.svg").read_bytes()[:1000]
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, _, err = launch(capsys, *words)
+    assert code == 2 and "pip install 'moe-runtime[plot]'" in err
+
+
+# ---------------------------------------------------------------- rates
+
+
+def calibration(tmp_path: Path, per_row: float, per_expert: float) -> Path:
+    """What `bench experts --layer --json` would write on a machine of these rates."""
+    found = {"machine": "made up", "ranks": 2, "shape": {"hidden": 512, "intermediate": 256, "top_k": 8}, "tokens": {}}
+    for tokens, hit in ((1, 4), (32, 60), (1024, 128)):
+        seconds = tokens * 8 / 2 * per_row + hit * per_expert
+        found["tokens"][str(tokens)] = {"hit": [hit, hit], "seconds": seconds}
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps(found))
+    return path
+
+
+def options_of(*words: object):
+    return cli._parser().parse_args(["plan", "--model", V3, "--cluster", MIXED, *map(str, words)])
+
+
+def test_calibration_finds_the_rates_that_made_the_figures(tmp_path):
+    path, shape = calibration(tmp_path, 1e-5, 2e-4), read_shape(V3)
+    rated = make_rates(options_of("--calibration", path), shape)
+    scale = 7168 * 2048 / (512 * 256)
+    assert rated.seconds_per_row == pytest.approx(1e-5 * scale) and "made up" in rated.source
+    assert rated.seconds_per_expert == pytest.approx(2e-4 * scale)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"), [("no json", "not what"), ('{"shape": {}, "tokens": {}, "ranks": 2}', "two or more are needed")]
+)
+def test_a_calibration_that_is_none_is_refused(capsys, tmp_path, text, told):
+    (tmp_path / "bench.json").write_text(text)
+    words = ["plan", "--model", V3, "--cluster", MIXED, "--calibration", tmp_path / "bench.json"]
+    code, _, err = launch(capsys, *words)
+    assert code == 2 and told in err
+    code, _, err = launch(capsys, *words, "--tflops", 3)
+    assert code == 2 and "say the same thing" in err
+
+
+# ---------------------------------------------------------------- simulate
+
+
+def rows_of(capsys, *words: object) -> list[dict]:
+    code, out, err = launch(capsys, "simulate", *words, "--json")
+    assert code == 0, err
+    return json.loads(out)["rows"]
+
+
+def test_fresh_and_shifted_are_what_plans_say_of_themselves(capsys, loads):
+    rows = rows_of(
+        capsys, "--trace", loads / "one.npz", loads / "two.npz", "--ranks", 32, "--slots", 288, "--policy", "even",
+        "eplb", "fast", "robust", "--dispatch", "static", "split",
+    )  # fmt: skip
+    one, two = (traces.read_load(loads / f"{name}.npz").total for name in ("one", "two"))
+    plan = placement.plan(one, 32, 288)
+    found = {(r["policy"], r["dispatch"], r["fitted_on"], r["judged_on"]): r["balancedness"] for r in rows}
+    assert found["fast", "static", "one.npz", "one.npz"] == pytest.approx(plan.balancedness())
+    assert found["fast", "split", "one.npz", "two.npz"] == pytest.approx(plan.balancedness(two, "split"))
+    assert found["even", "static", "-", "one.npz"] < found["eplb", "equal", "one.npz", "one.npz"] < 1
+    robust = placement.plan(np.stack([two / two.sum(axis=1, keepdims=True)]), 32, 288, policy="robust")
+    assert found["robust", "static", "all others", "one.npz"] == pytest.approx(robust.balancedness(one))
+    assert all(0 < row["of_bound"] <= 1 + 1e-9 for row in rows)
+    assert all(0 < row["crossings"] < 3 for row in rows)  # 4 nodes
+
+
+def test_following_a_drift_step_by_step_moves_less(capsys, loads):
+    rows = rows_of(
+        capsys, "--trace", loads / "drift.npz", "--ranks", 8, "--slots", 288, "--policy", "fast", "warm", "--gbit-s",
+        100, "--expert-mib", 42,
+    )  # fmt: skip
+    fast, warm = (next(r for r in rows if (r["policy"], r["question"]) == (p, "next window")) for p in ("fast", "warm"))
+    assert warm["moved"] < fast["moved"] / 4 and warm["balancedness"] > fast["balancedness"] - 0.02
+    assert fast["moved_bytes"] == pytest.approx(fast["moved"] * 42 * 2**20)
+    assert fast["stall_s"] >= fast["moved_bytes"] / 8 / (100e9 / 8)  # the busiest of 8 ranks gets at least the mean
+    assert fast["crossings"] is None  # one node
+
+
+def test_thousands_of_ranks(capsys, loads):
+    (row,) = rows_of(capsys, "--trace", loads / "one.npz", "--ranks", 2048, "--policy", "fast")
+    assert row["ranks"] == row["slots"] == 2048 and row["of_bound"] > 0.97
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "give --cluster FILE, or --ranks N"),
+        (["--ranks", "8", "--cluster", MIXED], "give --cluster FILE, or --ranks N"),
+        (["--ranks", "8", "--gbit-s", "0"], "--gbit-s must be above 0"),
+        (["--ranks", "8", "--slots", "100"], "100 slots for 256 experts"),
+        (["--ranks", "8", "--policy", "best"], "--policy"),
+    ],
+)
+def test_what_cannot_be_simulated_is_one_line(capsys, loads, words, told):
+    code, out, err = launch(capsys, "simulate", "--trace", loads / "one.npz", *words)
+    assert code == 2 and not out and told in err.splitlines()[-1]
+
+
+def test_simulate_for_people(capsys, loads):
+    code, out, _ = launch(capsys, "simulate", "--trace", loads / "drift.npz", "--cluster", MIXED, "--policy", "fast")
+    assert code == 0 and out.startswith("predicted; an expert is 42.0 MiB") and "next window" in out
+
+
+# ---------------------------------------------------------------- beside published figures
+
+
+def test_the_documents_tables_are_what_the_program_prints():
+    text = (ROOT / "docs" / "planning.md").read_text()
+    assert published.tables() in text
+
+
+def test_no_published_figure_is_above_a_prediction_that_leaves_things_out():
+    for ranks, measured in published.DEEPEP_DISPATCH.items():
+        assert 0.5 < published.low_latency_us(ranks, published.FP8_ROW) / measured < 1
+    for serving in published.SERVING:
+        assert 0.4 < serving.published / published.tokens_per_second(serving)[0] < 1
