@@ -45,7 +45,7 @@ class LayerState:
     slowdown: float = 1.0  # emulated: experts take this many times as long as they would
     earlier_tokens: np.ndarray | None = None  # per expert, computed under placements before this one
     passes: int = 0
-    before_pass: Callable[[], None] | None = None  # of the first layer: live rebalancing (rebalance.py)
+    before_exchange: Callable[[int], None] | None = None  # live rebalancing (rebalance.py)
     states: list[int] = field(default_factory=list)  # of all ranks, at the latest exchange
 
     def tokens_per_expert(self, rank: int) -> np.ndarray:
@@ -73,8 +73,8 @@ class ExpertParallel:
     def exchange(self, x_TH: torch.Tensor, topk_ids_TK: torch.Tensor, topk_weights_TK: torch.Tensor, state: int):
         """The request path of DESIGN.md: replica choice, dispatch, experts, combine."""
         layer = self.moe_runtime_layer
-        if layer.before_pass is not None:
-            layer.before_pass()
+        if layer.before_exchange is not None:
+            layer.before_exchange(layer.index)
         layer.passes += 1
         slots_TK = layer.chooser.choose(topk_ids_TK)
         if layer.recorder is not None:

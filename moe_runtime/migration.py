@@ -41,15 +41,11 @@ class Column:
 
 
 def columns_of(layer: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> list[Column]:
-    """What moves with an expert of this layer. Raises ConfigError for optimizer state that cannot be cut by expert."""
+    """Weights, and with an optimizer its state. Raises ConfigError for state that cannot be cut by expert."""
     columns = []
     for name, parameter in sorted(layer.named_parameters(recurse=False)):
         columns.append(_weight(layer, name, optimizer))
-        if optimizer is None:
-            continue
-        if parameter.grad is not None:
-            columns.append(_gradient(layer, name))
-        for key, value in sorted(optimizer.state.get(parameter, {}).items()):
+        for key, value in sorted(optimizer.state.get(parameter, {}).items() if optimizer else ()):
             if not isinstance(value, torch.Tensor) or value.dim() == 0:
                 continue  # a count of steps, the same on every rank
             if value.shape != parameter.shape:
@@ -58,6 +54,22 @@ def columns_of(layer: torch.nn.Module, optimizer: torch.optim.Optimizer | None) 
                     "expert; use an optimizer whose state has the parameter's shape (Adam, SGD, ...)"
                 )
             columns.append(_state(layer, name, optimizer, key))
+    return columns
+
+
+def gradient_columns(layers: Sequence[torch.nn.Module], transport: Transport) -> list[list[Column]]:
+    """The gradients of each layer's weights that any rank has; zeros where this one has none. Every rank calls."""
+    parameters = [(layer, sorted(layer.named_parameters(recurse=False))) for layer in layers]
+    mine = [[parameter.grad is not None for _, parameter in named] for _, named in parameters]
+    said = all_gather_message(transport, mine, "rebalance (gradients)")
+    columns: list[list[Column]] = []
+    for index, (layer, named) in enumerate(parameters):
+        columns.append([])
+        for at, (name, parameter) in enumerate(named):
+            if any(flags[index][at] for flags in said):
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                columns[-1].append(_gradient(layer, name))
     return columns
 
 
@@ -103,19 +115,19 @@ class Progress:
 
 
 class Migration:
-    """From one placement to another. Every rank makes it alike, then calls `step` alike until `moved`."""
+    """Each layer's columns from one placement to another. Every rank makes it alike, and steps alike until `moved`."""
 
     def __init__(
         self,
         transport: Transport,
         layers: Sequence[Any],
         new: Placement,
-        optimizer: torch.optim.Optimizer | None,
+        columns: list[list[Column]],
         slice_bytes: int,
     ) -> None:
         self.transport, self.layers, self.new = transport, layers, new
         self.old: Placement = layers[0].moe_runtime_layer.placement
-        self.columns = [columns_of(layer, optimizer) for layer in layers]
+        self.columns = columns
         self.expert_bytes = [sum(column.row_bytes for column in columns) for columns in self.columns]
         self.moves = list_moves(self.old, new, self.expert_bytes)
         self.slices = cut_slices(self.moves, max(UNIT, slice_bytes // UNIT * UNIT))
@@ -130,7 +142,7 @@ class Migration:
 
     def set_aside(self) -> None:
         """Take the memory that this rank needs. Raises what the allocator raises."""
-        rank, device = self.transport.rank, self.columns[0][0].get().device
+        rank, device = self.transport.rank, next(self.layers[0].parameters()).device
         mine = [number for number, move in enumerate(self.moves) if move.destination == rank]
         sizes = [_padded(self.moves[number].num_bytes) for number in mine]
         rows = _bytes(sum(sizes), device).split(sizes)

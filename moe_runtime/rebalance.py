@@ -19,7 +19,7 @@ from .comm.wire import all_gather_message
 from .core.errors import ConfigError
 from .core.placement import Placement
 from .experts.placement.files import plan_from_dict, plan_to_dict
-from .migration import Migration, columns_of
+from .migration import Migration, columns_of, gradient_columns
 
 _NOTES = 5  # failures that describe() remembers
 
@@ -58,6 +58,7 @@ class Rebalancer:
         self.transport, self.layers = transport, layers
         self.slice_bytes, self.stall_s, self.speeds, self._switched = slice_bytes, stall_s, list(speeds), switched
         self.migration: Migration | None = None
+        self.optimizer: torch.optim.Optimizer | None = None  # whose state travels along, while training
         self.policy: Policy | None = None
         self.every = 0
         self.switches, self.rolled_back, self.bytes_moved, self.stall_seconds = 0, 0, 0, 0.0
@@ -77,18 +78,24 @@ class Rebalancer:
     def placement(self) -> Placement:
         return self.layers[0].moe_runtime_layer.placement
 
-    def before_pass(self) -> None:
-        """One step of the migration that is under way, else a look where one is due. All ranks are at the same pass."""
-        if self.migration is not None:
-            self._step()
-        elif self._is_due() and not self.layers[0].training:
-            self._look()
+    def before_exchange(self, layer: int) -> None:
+        """Called by each expert layer; all ranks are at the same one.
+
+        Serving takes a step per pass, or a look where one is due. Training takes a step at every layer, since all must
+        have travelled before the optimizer's next one.
+        """
+        if self.migration is None:
+            if layer == 0 and self._is_due() and not self.layers[0].training:
+                self._look()
+        elif self.optimizer is not None:
+            self._travel()
+        elif layer == 0 and self._travel():
+            self._conclude()
 
     def between_steps(self, optimizer: torch.optim.Optimizer) -> None:
-        """A look where one is due, after an optimizer step; what it decides is done at once. Every rank calls."""
+        """A look where one is due, after an optimizer step. Every rank calls."""
         if self.migration is None and self._is_due():
             self._look(optimizer)
-            self.finish()
 
     def _is_due(self) -> bool:
         return self.policy is not None and self.passes - self._passes_at_look >= self.every
@@ -99,7 +106,8 @@ class Rebalancer:
         migration: Migration | None = None
         if not problem:
             try:
-                migration = Migration(self.transport, self.layers, new, optimizer, self.slice_bytes)
+                columns = [columns_of(layer, optimizer) for layer in self.layers]
+                migration = Migration(self.transport, self.layers, new, columns, self.slice_bytes)
             except ConfigError as error:
                 problem = str(error)
         said = all_gather_message(
@@ -117,23 +125,30 @@ class Rebalancer:
                         f"rebalance: rank {rank} disagrees with rank 0 on {word}: {theirs} against {first}; call it "
                         "on all ranks with the same arguments, between the same forward passes"
                     )
+        told = self._set_aside(migration)
+        if told:
+            self._roll_back(told)
+            return
+        self.migration, self.optimizer = migration, optimizer
+        self._watchdog = _Watchdog(migration, self.stall_s)
+
+    def _set_aside(self, migration: Migration) -> str:
+        """Memory for what will come; what any rank lacks, on every rank."""
         failed = ""
         try:
             with torch.inference_mode(False), torch.no_grad():  # memory that outlives this mode
                 migration.set_aside()
         except (MemoryError, RuntimeError) as error:  # RuntimeError is torch's word for it
             failed = f"rank {self.transport.rank} has no memory for it ({str(error).splitlines()[0]})"
-        told = next((told for told in all_gather_message(self.transport, failed, "rebalance (memory)") if told), "")
-        if told:
-            self._roll_back(told)
-            return
-        self.migration = migration
-        self._watchdog = _Watchdog(migration, self.stall_s)
+        return next((told for told in all_gather_message(self.transport, failed, "rebalance (memory)") if told), "")
 
     def finish(self) -> None:
-        """Do the rest of a migration at once. Every rank calls."""
-        while self.migration is not None:
-            self._step()
+        """Do the rest of a migration at once. Every rank calls; while training, before the optimizer's step."""
+        if self.migration is None:
+            return
+        while not self._travel():
+            pass
+        self._conclude()
 
     def _check(self, new: Placement) -> str:
         old = self.placement
@@ -144,31 +159,46 @@ class Rebalancer:
                 return f"rebalance: the placement has {word} = {getattr(new, word)}, the model {getattr(old, word)}"
         return ""
 
-    def _step(self) -> None:
-        migration, began = self.migration, time.perf_counter()
+    def _travel(self) -> bool:
+        """One step; whether all have come."""
         try:
-            migration.step()
-            if not migration.moved:
-                return
-            problem = migration.problem()
+            if not self.migration.moved:
+                self.migration.step()
         except BaseException:
             self._end()  # a rank is lost, or late: the old placement stays in force
             raise
+        return self.migration.moved
+
+    def _conclude(self) -> None:
+        """All have come: check, move the gradients after them where there are any, and switch; or roll back."""
+        migration, began = self.migration, time.perf_counter()
+        moved, problem = [migration], ""
+        try:
+            problem = migration.problem()
+            if self.optimizer is not None and not problem:
+                gradients = gradient_columns(self.layers, self.transport)
+                moved.append(Migration(self.transport, self.layers, migration.new, gradients, self.slice_bytes))
+                problem = self._set_aside(moved[-1])
+                while not problem and not moved[-1].moved:
+                    moved[-1].step()
+                problem = problem or moved[-1].problem()
+        finally:
+            self._end()
         self._bytes_per_s = migration.bytes_sent / migration.seconds if migration.seconds > 0 else 0.0
-        self._end()
         if problem:
             self._roll_back(problem)
             return
         for layer in self.layers:
             layer.moe_runtime_layer.fold_tokens(self.transport.rank)
-        migration.switch()
+        for each in moved:
+            each.switch()
+            self.bytes_moved += sum(move.num_bytes for move in each.moves)
         self._switched(migration.old, migration.new)
         self.switches += 1
-        self.bytes_moved += sum(move.num_bytes for move in migration.moves)
         self.stall_seconds += migration.seconds + time.perf_counter() - began
 
     def _end(self) -> None:
-        self.migration = None
+        self.migration, self.optimizer = None, None
         self._watchdog.stop()
 
     def _roll_back(self, why: str) -> None:

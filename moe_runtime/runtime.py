@@ -298,12 +298,16 @@ class Runtime:
     ) -> None:
         """Move to another placement while the model runs (rebalance.py). Every rank calls between the same passes.
 
-        Without `optimizer` it returns at once: in each following forward pass at most `rebalance_slice_mib` of a rank's
-        experts travel, and when all have come and their checksums agree, all ranks switch before the same pass. `wait`
-        does all of it now. While training, give the `optimizer` and call after its step: weights, gradients and
-        optimizer state move, now, as the next step would change them; where this rank gets more or fewer experts, new
-        Parameters take the old ones' places in model and optimizer. A move that fails leaves the placement in force
-        as it is; stderr and `describe()` say why. Raises ConfigError, on all ranks, for a placement that does not fit.
+        Returns at once. In each following forward pass at most `rebalance_slice_mib` of a rank's experts travel, and
+        when all have come and their checksums agree, all ranks switch before the same pass. `wait` does all of it now.
+
+        While training, give the `optimizer` and call after its step: weights and optimizer state travel in the next
+        forward passes, a slice per expert layer; the next `sync_gradients` does what is left, moves the gradients after
+        them and switches. Where this rank gets more or fewer experts, new Parameters take the old ones' places in model
+        and optimizer.
+
+        A move that fails leaves the placement in force as it is; stderr and `describe()` say why. Raises ConfigError,
+        on all ranks, for a placement that does not fit.
         """
         if isinstance(placement, (str, Path)):
             with self._same_outcome("read placement"):
@@ -314,7 +318,7 @@ class Runtime:
             if trains and optimizer is None:
                 raise ConfigError("rebalance: a model in training needs optimizer=, or model.eval() first")
         rebalancer.begin(placement, optimizer)
-        if wait or optimizer is not None:
+        if wait:
             rebalancer.finish()
 
     def finish_rebalance(self, model: PreTrainedModel) -> None:
@@ -331,7 +335,7 @@ class Runtime:
         rebalancer.policy, rebalancer.every = policy, every
 
     def rebalance_step(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
-        """In training, after the optimizer's step: look, if it is time, and move what the policy wants. Every rank."""
+        """In training, after the optimizer's step: look, if it is time, and begin what the policy wants. Every rank."""
         self._rebalancer(model).between_steps(optimizer)
 
     def _rebalancer(self, model: PreTrainedModel) -> Rebalancer:
@@ -345,7 +349,8 @@ class Runtime:
                 self._rank_speeds(),
                 functools.partial(self._switched, layers),
             )
-            layers[0].moe_runtime_layer.before_pass = model.moe_runtime_rebalancer.before_pass
+            for layer in layers:
+                layer.moe_runtime_layer.before_exchange = model.moe_runtime_rebalancer.before_exchange
             self._rebalancers.add(model.moe_runtime_rebalancer)
         return model.moe_runtime_rebalancer
 
@@ -395,6 +400,9 @@ class Runtime:
     def sync_gradients(self, model: PreTrainedModel) -> None:
         """Sum gradients after backward (gradients.py). A rank's loss must be divided by the tokens of all ranks."""
         gradients.sync_gradients(model, self.transport)
+        rebalancer = getattr(model, "moe_runtime_rebalancer", None)
+        if rebalancer is not None and rebalancer.optimizer is not None:
+            rebalancer.finish()  # what has travelled is old once the optimizer has stepped
 
     def clip_grad_norm(self, model: PreTrainedModel, max_norm: float) -> float:
         """Clip by the norm of the whole model's gradients, experts of all ranks included; returns that norm."""
