@@ -11,6 +11,7 @@ import pytest
 from families import FAMILIES, reference_model, write_checkpoint
 
 from moe_runtime.experts import placement, traces
+from moe_runtime.experts.placement.nodes import replicas_taken
 from moe_runtime.launch import cli
 from moe_runtime.launch.planning import published
 from moe_runtime.launch.planning.rates import make_rates
@@ -210,6 +211,25 @@ def test_following_a_drift_step_by_step_moves_less(capsys, loads):
     assert fast["moved_bytes"] == pytest.approx(fast["moved"] * 42 * 2**20)
     assert fast["stall_s"] >= fast["moved_bytes"] / 8 / (100e9 / 8)  # the busiest of 8 ranks gets at least the mean
     assert fast["crossings"] is None  # one node
+
+
+def test_crossings_are_counted_where_routing_is_known(capsys, tmp_path):
+    load = traces.synthetic_load(2, 64, 4096, seed=3)
+    ids = traces.synthetic_routing(load, 3000)
+    traces.save(traces.RoutingTrace(ids, 64), tmp_path / "routing.npz")
+    traces.save(traces.LoadTrace(np.stack([traces.RoutingTrace(ids, 64).load])), tmp_path / "load.npz")
+    words = ["--trace", tmp_path / "load.npz", "--ranks", 8, "--node-size", 2, "--policy", "fast", "nodes"]
+    rows = {row["policy"]: row for row in rows_of(capsys, *words, "--routing", tmp_path / "routing.npz")}
+    plan = placement.plan(traces.RoutingTrace(ids, 64).load, [placement.Rank(node=r // 2) for r in range(8)], 72)
+    node = plan.ranks.node[plan.slot_rank]
+    visited = []
+    for layer in range(2):
+        slots = replicas_taken(ids[:, layer], plan.slot_expert[layer], plan.slot_share[layer])
+        visited += [0.75 * len(set(node[row])) for row in slots]  # a token begins on one of the 4 nodes
+    assert rows["fast"]["crossings"] == pytest.approx(np.mean(visited))
+    assert rows["nodes"]["crossings"] < rows["fast"]["crossings"]
+    code, _, err = launch(capsys, "simulate", *words)
+    assert code == 2 and "policy nodes needs --routing" in err
 
 
 def test_thousands_of_ranks(capsys, loads):

@@ -24,18 +24,22 @@ from ...core.errors import ConfigError
 from ...experts import placement as placements
 from ...experts import traces
 from ...experts.placement import Plan, Rank
-from ...experts.placement.planner import load_to_tokens
+from ...experts.placement.nodes import internode_tokens, replicas_taken
+from ...experts.placement.planner import load_to_tokens, tokens_to_shares
 from .plan import even_plan
 
-POLICIES = ("even", "eplb", "fast", "smooth", "warm", "robust")
+POLICIES = ("even", "eplb", "fast", "smooth", "warm", "robust", "nodes")
 DISPATCHES = ("equal", "static", "split")
 SMOOTHING = 0.3
+ROUTING_TOKENS = 4096  # planned and judged on; more say little more
 HORIZON = 10.0  # windows in which a warm plan's moves should pay
 
 
 def add_options(parser: Any) -> None:
     what = "load trace (.npz, or SGLang's JSON); several are several workloads"
     parser.add_argument("--trace", required=True, nargs="+", metavar="TRACE", help=what)
+    what = "routing trace (.npz): crossings between nodes are counted with it, and policy nodes plans with it"
+    parser.add_argument("--routing", metavar="TRACE", help=what)
     parser.add_argument("--cluster", metavar="FILE", help="cluster file: speeds, memory and nodes of the ranks")
     parser.add_argument("--ranks", type=int, nargs="+", metavar="N", help="instead: so many equal ranks; several sizes")
     parser.add_argument("--node-size", type=int, default=8, metavar="N", help="equal ranks of a node (default: 8)")
@@ -58,7 +62,8 @@ class Row:
     """One plan judged on one load. Ratios are 1 where perfect.
 
     balancedness: perfectly divided time over the slowest ranks'; of_bound: proven bound over the slowest ranks'.
-    crossings: nodes a token visits besides its own, if its experts were chosen independently of each other.
+    crossings: nodes a token visits besides its own; counted with a routing trace, else as if a token's experts were
+    chosen independently of each other.
     moved, moved_bytes, stall_s: experts that another plan in force before would have to move, for the busiest rank's
     link; None where none was.
     """
@@ -84,7 +89,7 @@ class Row:
 def run(options: argparse.Namespace) -> int:
     rows = list(simulate(options))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    report = {"assumed": assumptions(options), "engine": placements.engine(), "peak_bytes": peak}
+    report: dict[str, Any] = {"assumed": assumptions(options), "engine": placements.engine(), "peak_bytes": peak}
     report["rows"] = [row.__dict__ for row in rows]
     if options.plot:
         from . import plot
@@ -96,9 +101,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def assumptions(options: argparse.Namespace) -> str:
+    crossings = f"take a token's {options.top_k} experts as chosen independently"
+    if options.routing:
+        crossings = f"are those of up to {ROUTING_TOKENS} tokens of {options.routing}, which begin on any rank alike"
     return (
         f"an expert is {options.expert_mib:.1f} MiB, moves go at {options.gbit_s:g} Gbit/s into or out of the busiest "
-        f"rank; crossings take a token's {options.top_k} experts as chosen independently"
+        f"rank; crossings {crossings}"
     )
 
 
@@ -117,15 +125,16 @@ def simulate(options: argparse.Namespace) -> Iterator[Row]:
         raise ConfigError(f"the traces have other layers or experts than each other: {sorted(shapes)}")
     loads = {name: trace.total for name, trace in found.items()}
     num_experts = next(iter(shapes))[1]
+    ids = read_ids(options, next(iter(shapes)))
     for ranks in _clusters(options):
         slots = options.slots or max(num_experts + num_experts // 8, len(ranks))
         for policy in options.policy:
             print(f"{len(ranks)} ranks, {policy} ...", file=sys.stderr, flush=True)
             if policy != "warm":
-                yield from _workloads(options, loads, ranks, slots, policy)
+                yield from _workloads(options, loads, ranks, slots, policy, ids)
             for name, trace in found.items():
                 if len(trace.load) > 1 and policy not in ("robust", "even"):
-                    yield from _windows(options, name, trace.load, ranks, slots, policy)
+                    yield from _windows(options, name, trace.load, ranks, slots, policy, ids)
 
 
 def _clusters(options: argparse.Namespace) -> list[list[Rank]]:
@@ -135,12 +144,36 @@ def _clusters(options: argparse.Namespace) -> list[list[Rank]]:
     return [[Rank(node=rank // options.node_size) for rank in range(count)] for count in options.ranks]
 
 
-def make_plan(policy: str, loads: np.ndarray, ranks: list[Rank], slots: int, start: Plan | None = None) -> Plan:
-    """A plan of this policy; loads [L, E], for robust [W, L, E]."""
+def read_ids(options: argparse.Namespace, shape: tuple[int, int]) -> np.ndarray | None:
+    """topk_ids [T, L, K] of the routing trace, a part of its tokens from all over it; None without one."""
+    if not options.routing:
+        if "nodes" in options.policy:
+            raise ConfigError("policy nodes needs --routing TRACE (runtime.record(..., routing=True) writes one)")
+        return None
+    trace = traces.read_routing(options.routing)
+    found = (trace.topk_ids.shape[1], trace.num_experts)
+    if found != shape:
+        raise ConfigError(f"{options.routing}: layers and experts {found}; the load traces have {shape}")
+    if not len(trace.topk_ids):
+        raise ConfigError(f"{options.routing}: no tokens")
+    return trace.topk_ids[:: -(-len(trace.topk_ids) // ROUTING_TOKENS)]
+
+
+def make_plan(
+    policy: str,
+    loads: np.ndarray,
+    ranks: list[Rank],
+    slots: int,
+    ids: np.ndarray | None = None,
+    start: Plan | None = None,
+) -> Plan:
+    """A plan of this policy; loads [L, E], for robust [W, L, E]. ids: topk_ids [T, L, K], for nodes."""
     if policy == "even":
         return even_plan(placements.plan(loads, ranks, max(loads.shape[-1], len(ranks))), loads)
     if policy == "smooth":
         return placements.plan(loads, ranks, slots, smoothing=SMOOTHING)
+    if policy == "nodes":
+        return placements.plan(loads, ranks, slots, routing=ids, spread=0.02)
     if policy == "warm" and start is not None:
         # An expert's move may cost what the slowest rank takes for as many tokens; here in parts of the mean rank.
         cost = loads.sum() / len(loads) / sum(rank.speed for rank in ranks) / HORIZON
@@ -149,7 +182,12 @@ def make_plan(policy: str, loads: np.ndarray, ranks: list[Rank], slots: int, sta
 
 
 def _workloads(
-    options: argparse.Namespace, loads: dict[str, np.ndarray], ranks: list[Rank], slots: int, policy: str
+    options: argparse.Namespace,
+    loads: dict[str, np.ndarray],
+    ranks: list[Rank],
+    slots: int,
+    policy: str,
+    ids: np.ndarray | None,
 ) -> Iterator[Row]:
     """Fresh and shifted; a robust plan is fitted on all workloads but the one it is judged on."""
     if policy == "robust":
@@ -157,19 +195,26 @@ def _workloads(
             others = [other / other.sum(axis=1, keepdims=True) for key, other in loads.items() if key != name]
             if others:
                 plan = make_plan("robust", np.stack(others), ranks, slots)
-                yield from _judge(options, "shifted", "all others", name, policy, plan, load)
+                yield from _judge(options, ids, "shifted", "all others", name, policy, plan, load)
         return
     for fitted, load in loads.items():
-        plan = make_plan(policy, load, ranks, slots)
+        plan = make_plan(policy, load, ranks, slots, ids)
         if policy == "even":  # it looks at no load
-            yield from _judge(options, "fresh", "-", fitted, policy, plan, load)
+            yield from _judge(options, ids, "fresh", "-", fitted, policy, plan, load)
             continue
         for judged, other in loads.items():
-            yield from _judge(options, "fresh" if judged == fitted else "shifted", fitted, judged, policy, plan, other)
+            question = "fresh" if judged == fitted else "shifted"
+            yield from _judge(options, ids, question, fitted, judged, policy, plan, other)
 
 
 def _windows(
-    options: argparse.Namespace, name: str, load: np.ndarray, ranks: list[Rank], slots: int, policy: str
+    options: argparse.Namespace,
+    name: str,
+    load: np.ndarray,
+    ranks: list[Rank],
+    slots: int,
+    policy: str,
+    ids: np.ndarray | None,
 ) -> Iterator[Row]:
     """Plan on each window, judge on the next; one row of means for each dispatch."""
     count = min(options.windows or 10, len(load))
@@ -181,8 +226,8 @@ def _windows(
     for now, after in zip(parts, parts[1:], strict=False):
         now = np.where(now.sum(axis=1, keepdims=True) > 0, now, 1.0)
         after = np.where(after.sum(axis=1, keepdims=True) > 0, after, 1.0)
-        plan = make_plan(policy, now, ranks, slots, in_force)
-        for row in _judge(options, "next window", name, name, policy, plan, after, in_force):
+        plan = make_plan(policy, now, ranks, slots, ids, in_force)
+        for row in _judge(options, ids, "next window", name, name, policy, plan, after, in_force):
             judged.setdefault(row.dispatch, []).append(row)
         in_force = plan
     for rows in judged.values():
@@ -201,6 +246,7 @@ def _mean_row(rows: list[Row], what: str) -> Row:
 
 def _judge(
     options: argparse.Namespace,
+    ids: np.ndarray | None,
     question: str,
     fitted: str,
     judged: str,
@@ -223,7 +269,7 @@ def _judge(
         yield Row(
             question, fitted, judged, plan.num_ranks, plan.num_slots, policy, dispatch,
             float(ideal.sum() / slowest.sum()), float(bound.sum() / slowest.sum()),
-            int(by_layer.argmin()), float(by_layer.min()), crossings(plan, load, dispatch, options.top_k),
+            int(by_layer.argmin()), float(by_layer.min()), crossings(plan, load, dispatch, options.top_k, ids),
             plan.milliseconds, moved, moved_bytes, stall,
         )  # fmt: skip
 
@@ -237,11 +283,11 @@ def moving(plan: Plan, before: Plan, expert_bytes: float, gbit_s: float) -> tupl
     return int(into.sum()), float(into.sum() * expert_bytes), float(into.max() * expert_bytes / (gbit_s * 1e9 / 8))
 
 
-def crossings(plan: Plan, load: np.ndarray, dispatch: str, top_k: int) -> float | None:
+def crossings(plan: Plan, load: np.ndarray, dispatch: str, top_k: int, ids: np.ndarray | None = None) -> float | None:
     """Nodes a token visits besides its own, mean over layers; None on one node.
 
-    A token visits node n with probability 1 - (1 - share of n's tokens) ** top_k, as if its experts were chosen
-    independently, and began on any rank alike. Group-limited gates visit fewer.
+    With ids [T, L, K] they are counted. Else a token visits node n with probability 1 - (1 - share of n's tokens) **
+    top_k, as if its experts were chosen independently; group-limited gates visit fewer. It begins on any rank alike.
     """
     nodes = plan.ranks.node
     num_nodes = int(nodes.max()) + 1
@@ -251,6 +297,13 @@ def crossings(plan: Plan, load: np.ndarray, dispatch: str, top_k: int) -> float 
     part = np.bincount(nodes, minlength=num_nodes) / len(nodes)
     total = 0.0
     for layer in range(plan.num_layers):
+        if ids is not None:
+            share_S = tokens_to_shares(
+                plan.slot_expert[layer : layer + 1], tokens[layer : layer + 1], plan.num_experts
+            )[0]
+            taken = replicas_taken(ids[:, layer], plan.slot_expert[layer], share_S)
+            total += internode_tokens(nodes[plan.slot_rank], taken, num_nodes, part)
+            continue
         share = np.bincount(nodes[plan.slot_rank], tokens[layer], num_nodes) / max(tokens[layer].sum(), 1e-30)
         total += ((1 - (1 - share) ** top_k) * (1 - part)).sum()
     return float(total / plan.num_layers)
