@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 from . import gradients, loading, saving
 from .checkpoint import CheckpointReader
 from .comm import cuda, formats, staging
-from .comm.dispatch import IDLE, Dispatcher, DispatchHandle
+from .comm.dispatch import IDLE, Dispatcher
 from .comm.nodes import NodeDispatcher
 from .comm.place import Place, find_place
 from .comm.rendezvous import connect
@@ -30,8 +30,9 @@ from .core.config import RuntimeConfig
 from .core.errors import CheckpointError, ConfigError, VendorUnavailable
 from .core.memory import pool
 from .core.placement import Placement
+from .expert_dispatcher import ExpertDispatcher, describe_choice, make_chooser
 from .experts import compute, dense
-from .experts.placement import Plan, load_plan, proportional
+from .experts.placement import load_plan, proportional
 from .experts.routing import ReplicaChooser
 from .layer import experts_modules
 from .model import empty_model, expert_layers, shard_experts
@@ -234,21 +235,8 @@ class Runtime:
         return self._dispatchers[key]
 
     def _chooser(self, placement: Placement, layer: int) -> ReplicaChooser:
-        choice = self.config.replica_choice
-        if choice == "static" or not placement.has_replicas():
-            return ReplicaChooser(placement, layer)
         names = [node.name for node in self._cluster.rank_nodes()] if self._cluster else [""] * self.size
-        if choice == "local":
-            node = [rank for rank, name in enumerate(names) if name == names[self.rank]]
-            return ReplicaChooser(placement, layer, near=[[self.rank], node])
-        from .experts import replicas  # compiles with numba
-
-        cost, fixed = 1 / np.array(self._rank_speeds()), np.zeros(self.size)
-        if isinstance(placement, Plan):
-            cost, fixed = placement.ranks.cost, placement.ranks.fixed
-        nodes = [names.index(name) for name in names]
-        gather = functools.partial(self.transport.all_gather, phase="dispatch (expert counts)")
-        return replicas.BalancedChooser(placement, layer, self.rank, cost, fixed, nodes, gather)
+        return make_chooser(self.config.replica_choice, placement, layer, self.transport, names, self._rank_speeds())
 
     def _rank_nodes(self) -> list[int] | None:
         """The node of each rank, where there are several and some have several ranks; None: no rank shares its node.
@@ -453,7 +441,7 @@ class Runtime:
                 f"view {self.view.number}: slots per rank {counts} for {self.view.placement.num_experts} experts"
             )
             if self.view.placement.has_replicas():
-                lines.append(f"replica choice: {self._describe_choice()}")
+                lines.append(f"replica choice: {describe_choice(self.config.replica_choice)}")
         if self._slowdown > 1:
             lines.append(f"emulated speed {1 / self._slowdown:g}: experts wait until they have taken that much longer")
         lines.append(f"place: {self.place.kind}, device {self.device}")
@@ -471,15 +459,6 @@ class Runtime:
             lines.append(f"waited in exchanges of rows for: {self.transport.waits.describe()}")
         return "\n".join(lines + [f"note: {note}" for note in self._notes])
 
-    def _describe_choice(self) -> str:
-        if self.config.replica_choice == "balanced":
-            from .experts import replicas
-
-            return replicas.describe()
-        return {"static": "by the placement's shares", "local": "this rank's, else this node's, else by shares"}[
-            self.config.replica_choice
-        ]
-
     def close(self) -> None:
         """Leave the world. Other ranks that still wait for this one get PeerLost."""
         self.transport.close()
@@ -490,60 +469,6 @@ class Runtime:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class ExpertDispatcher:
-    """Dispatch and combine in terms of expert ids: replica choice in front of a Dispatcher."""
-
-    def __init__(self, dispatcher: Dispatcher, placement: Placement, layer: int, chooser: ReplicaChooser) -> None:
-        self._dispatcher, self._chooser, self._layer = dispatcher, chooser, layer
-        self.placement = placement
-
-    def dispatch(
-        self,
-        x_TH: torch.Tensor,
-        topk_ids_TK: torch.Tensor,
-        topk_weights_TK: torch.Tensor,
-        *,
-        expand: bool = True,
-        handle: DispatchHandle | None = None,
-    ) -> tuple[torch.Tensor, DispatchHandle]:
-        """See comm.dispatch.Dispatcher.dispatch; ids are expert ids, -1 = not selected.
-
-        `handle` of an earlier dispatch with the same ids on every rank skips the counts exchange.
-        """
-        return self.start_dispatch(x_TH, topk_ids_TK, topk_weights_TK, expand=expand, handle=handle)()
-
-    def start_dispatch(
-        self,
-        x_TH: torch.Tensor,
-        topk_ids_TK: torch.Tensor,
-        topk_weights_TK: torch.Tensor,
-        *,
-        expand: bool = True,
-        handle: DispatchHandle | None = None,
-    ) -> Callable[[], tuple[torch.Tensor, DispatchHandle]]:
-        """Begin a dispatch; the function that it returns waits for the rows and gives (rows, handle), once.
-
-        Meanwhile the caller may compute (a shared expert) or start another (a second half of the batch).
-        """
-        self._dispatcher.check(x_TH, topk_ids_TK, topk_weights_TK)
-        slots = self._chooser.choose(topk_ids_TK)
-        try:
-            return self._dispatcher.start_dispatch(
-                x_TH, slots, topk_weights_TK, expand=expand, tag=self._layer, handle=handle
-            )
-        except ConfigError:
-            self._chooser.check(topk_ids_TK)  # say it in terms of experts
-            raise
-
-    def combine(self, expert_out: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
-        """See comm.dispatch.Dispatcher.combine."""
-        return self._dispatcher.combine(expert_out, handle)
-
-    def start_combine(self, expert_out: torch.Tensor, handle: DispatchHandle) -> Callable[[], torch.Tensor]:
-        """Begin a combine; the function that it returns waits for the results and gives y_TH, once."""
-        return self._dispatcher.start_combine(expert_out, handle)
 
 
 def _find_place(

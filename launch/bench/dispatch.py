@@ -31,6 +31,7 @@ from .model import machine_line
 OURS, OURS_EXPAND = "ours", "ours, expand"
 PLAIN_GLOO, PLAIN_MPI = "plain, gloo", "plain, mpi"
 FLOOR, FLOOR_EXPAND = "memcpy", "memcpy, expand"
+LEAD_IN = 4
 SUBJECTS = (OURS, OURS_EXPAND, PLAIN_GLOO, PLAIN_MPI, FLOOR, FLOOR_EXPAND)  # the order of a cycle
 FLOOR_OF = {OURS: FLOOR, OURS_EXPAND: FLOOR_EXPAND}
 PLAIN = (PLAIN_GLOO, PLAIN_MPI)
@@ -74,6 +75,14 @@ class Settings:
         else:
             cycles, every = (30, 3) if tokens <= 1024 else (12, 4)
         return max(1, math.ceil(cycles * self.rounds)), every
+
+    def lead_in(self, tokens: int) -> int:
+        """Rounds of each turn, of every subject alike, before the one that is timed.
+
+        A few tokens are what decoding sends, one exchange after the other; the round after another subject's would time
+        caches that are cold.
+        """
+        return LEAD_IN if tokens <= 16 else 0
 
     def warm_up_cycles(self, tokens: int) -> int:
         return 1 if tokens > 128 else 2 if self.quick else 20
@@ -276,6 +285,7 @@ def render(report: dict[str, Any]) -> str:
         f"machine: {report['machine']}; load average {report['load_average_before']:.2f} before",
         f"dispatch + combine of [T, {report['hidden']}], {report['experts']} experts, top-{report['top_k']}; "
         f"ours over {report['transport']}; malloc: {report['malloc']}; subjects in the same ranks of 1 thread, in turn",
+        f"sizes of up to 16 tokens: {LEAD_IN} rounds of the same subject before each one that is timed",
         "milliseconds of a round's slowest rank; ratios round by round; a ratio above 1 is slower than what it is over",
     ]
     for made in report["worlds"]:

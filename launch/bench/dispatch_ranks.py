@@ -276,6 +276,9 @@ def time_in_turn(
             progress(f"{tokens} tokens, cycle {max(0, number - warm_up)}/{len(cycles) - warm_up}")
         for name in names:
             run = subjects[name].run
+            for _ in range(settings.lead_in(tokens)):
+                barrier.wait()
+                run(batch)
             barrier.wait()
             start = time.perf_counter()
             y = run(batch)

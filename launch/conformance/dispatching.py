@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe_runtime.runtime import ExpertDispatcher
+from moe_runtime.expert_dispatcher import ExpertDispatcher
 
 from ...comm import formats
 from ...comm.dispatch import Dispatcher
