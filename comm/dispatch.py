@@ -106,6 +106,13 @@ class DispatchHandle:
         return torch.from_numpy(self.order.row_index).to(self.topk_slots.device)
 
     @cached_property
+    def by_row(self) -> torch.Tensor:
+        """The pairs sorted by row, then choice: a permutation [M] of their places in row_index."""
+        return torch.from_numpy(np.argsort(self.order.row_index * self.topk_slots.shape[1] + self.order.k_index)).to(
+            self.topk_slots.device
+        )
+
+    @cached_property
     def choice_index(self) -> torch.Tensor:
         return torch.from_numpy(self.order.k_index).to(self.topk_slots.device)
 
@@ -222,7 +229,7 @@ class Dispatcher:
                 source_weights_TK=weights_TK,
                 anchor=anchor,
             )
-            return (gather(rows, made.row_index) if expand else rows), made
+            return (gather(rows, made.row_index, visit=lambda: made.by_row) if expand else rows), made
 
         return once(wait, "dispatch")
 
@@ -250,11 +257,10 @@ class Dispatcher:
     def _start_combine_expanded(self, rows: torch.Tensor, handle: DispatchHandle) -> Callable[[], torch.Tensor]:
         # Undo the grouping by slot: (row, choice) order is what the sender can reconstruct from its own plan.
         order, device = handle.order, rows.device
-        by_row = torch.from_numpy(np.argsort(order.row_index * self.top_k + order.k_index)).to(device)
         send_row, choice = np.nonzero(handle.route.plan.send_slots >= 0)
         pairs_to = _count_by_rank(order.row_index, handle.recv_counts)
         pairs_from = _count_by_rank(send_row, handle.route.send_counts)
-        bring_home = _start_exchange(rows, handle.anchor, self.transport, pairs_to, pairs_from, by_row)
+        bring_home = _start_exchange(rows, handle.anchor, self.transport, pairs_to, pairs_from, handle.by_row)
         tokens = torch.from_numpy(handle.route.plan.send_tokens[send_row]).to(device)
         choices = torch.from_numpy(choice).to(device)
 

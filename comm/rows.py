@@ -29,6 +29,7 @@ from .quirks import dtype_name
 
 _ROW_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # what C knows as rows
 ALIGN = 16  # bytes
+_CACHED_BYTES = 1 << 23  # results above this do not stay in caches
 
 
 @dataclass(frozen=True)
@@ -274,15 +275,23 @@ def round_up(size: int) -> int:
 # ---------------------------------------------------------------- rows in another order
 
 
-def gather(rows_NH: torch.Tensor, order_M: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+def gather(
+    rows_NH: torch.Tensor,
+    order_M: torch.Tensor,
+    out: torch.Tensor | None = None,
+    visit: Callable[[], torch.Tensor] | None = None,
+) -> torch.Tensor:
     """[M, H]: row m is row order_M[m] (int64) of rows_NH. `out`, where given, is filled and returned.
+
+    visit: gives a permutation [M] in which equal entries of order_M are neighbours; for large rows that are wanted
+    several times, so that each is read from memory once. Asked for where that helps.
 
     Differentiable where `out` is not given; the gradient is combine_rows, whose order of adding is fixed. Raises
     ConfigError, on a CPU, for rows that are not there.
     """
     if out is None and rows_NH.requires_grad and torch.is_grad_enabled():
         return _Gather.apply(rows_NH, order_M)
-    return _gather(rows_NH.detach(), order_M, out)
+    return _gather(rows_NH.detach(), order_M, out, visit)
 
 
 class _Gather(torch.autograd.Function):
@@ -299,12 +308,19 @@ class _Gather(torch.autograd.Function):
         return combine_rows(grad_MH, order_M, ctx.num_rows), None
 
 
-def _gather(rows_NH: torch.Tensor, order_M: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+def _gather(
+    rows_NH: torch.Tensor,
+    order_M: torch.Tensor,
+    out: torch.Tensor | None,
+    visit: Callable[[], torch.Tensor] | None = None,
+) -> torch.Tensor:
     if not takes_c(rows_NH, order_M):
         return torch.index_select(rows_NH, 0, order_M, out=out)
     if out is None:
         out = pool.empty((len(order_M), rows_NH.shape[1]), rows_NH.dtype)
-    _in_c("gather_rows", byte_rows(rows_NH), _array(order_M, torch.int64), byte_rows(out))
+    table = byte_rows(out)
+    order = _array(visit(), torch.int64) if visit is not None and table.nbytes > _CACHED_BYTES else None
+    _in_c("gather_rows", byte_rows(rows_NH), _array(order_M, torch.int64), table, order)
     return out
 
 

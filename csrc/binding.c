@@ -690,6 +690,9 @@ static PyObject *rows_result(rows_status status, const rows_fault *fault, Py_ssi
     case ROWS_BAD_ORDER:
         return PyErr_Format(PyExc_ValueError, "order: entry %lld is row %lld, which is not in 0..%zd", row, value,
                             num_rows - 1);
+    case ROWS_BAD_VISIT:
+        return PyErr_Format(PyExc_ValueError, "visit: entry %lld is row %lld, which is not in 0..%zd", row, value,
+                            num_tokens - 1);
     default:
         return PyErr_Format(PyExc_SystemError, "moe_runtime._C: rows.c answered %d", (int)status);
     }
@@ -798,28 +801,30 @@ static PyObject *unpack_rows(PyObject *module, PyObject *const *objects, Py_ssiz
 }
 
 PyDoc_STRVAR(gather_rows_doc,
-             "gather_rows(rows, order, gathered)\n--\n\n"
-             "Writes gathered bytes [M, B]: row m is row order[m] of rows bytes [N, B]. order [M] int64.");
+             "gather_rows(rows, order, gathered, visit)\n--\n\n"
+             "Writes gathered bytes [M, B]: row m is row order[m] of rows bytes [N, B]. order [M] int64.\n\n"
+             "visit int64: the m to write, in this order, or None for all from the first to the last.");
 
 static PyObject *gather_rows(PyObject *module, PyObject *const *objects, Py_ssize_t num_objects) {
     static const table_rule rules[] = {
         {"rows", 2, BYTE_ROWS, INPUT, NEEDED},
         {"order", 1, INT64S, INPUT, NEEDED},
         {"gathered", 2, BYTE_ROWS, OUTPUT, NEEDED},
+        {"visit", 1, INT64S, INPUT, OR_NONE},
     };
     (void)module;
     tables held;
-    if (check_count(num_objects, 3) != 0 || hold_tables(&held, rules, 3, objects) != 0) return NULL;
+    if (check_count(num_objects, 4) != 0 || hold_tables(&held, rules, 4, objects) != 0) return NULL;
     PyObject *result = NULL;
     const Py_ssize_t num_rows = held.views[0].shape[0], row_bytes = held.views[0].shape[1];
     if (check_shape(&held, 2, held.views[1].shape[0], row_bytes) == 0) {
         rows_fault fault = {0, 0};
         rows_status status;
         Py_BEGIN_ALLOW_THREADS
-        status = rows_gather((int64_t)row_bytes, as_input(&held.views[0]), held.views[1].buf,
-                             as_output(&held.views[2]), &fault);
+        status = rows_gather((int64_t)row_bytes, as_input(&held.views[0]), held.views[1].buf, held.views[3].buf,
+                             held.views[3].obj != NULL ? held.views[3].shape[0] : 0, as_output(&held.views[2]), &fault);
         Py_END_ALLOW_THREADS
-        result = rows_result(status, &fault, 0, num_rows);
+        result = rows_result(status, &fault, held.views[2].shape[0], num_rows);
     }
     release_tables(&held);
     return result;

@@ -241,11 +241,17 @@ rows_status rows_unpack(const simd_loops *loops, const rows_layout *layout, rows
 
 /* ---------------------------------------------------------------- gathered rows */
 
-rows_status rows_gather(int64_t row_bytes, rows_input rows, const int64_t *index, rows_output gathered,
-                        rows_fault *fault) {
+rows_status rows_gather(int64_t row_bytes, rows_input rows, const int64_t *index, const int64_t *visit,
+                        int64_t num_visited, rows_output gathered, rows_fault *fault) {
     if (row_bytes <= 0) return row_bytes < 0 ? ROWS_BAD_ARGUMENT : ROWS_OK;
     const int past_caches = gathered.count >= past_caches_bytes / row_bytes;
-    for (int64_t n = 0; n < gathered.count; n++) {
+    if (visit == NULL) num_visited = gathered.count;
+    for (int64_t place = 0; place < num_visited; place++) {
+        const int64_t n = visit != NULL ? visit[place] : place;
+        if (n < 0 || n >= gathered.count) {
+            *fault = (rows_fault){.row = place, .value = n};
+            return ROWS_BAD_VISIT;
+        }
         const int64_t row = index[n];
         if (row < 0 || row >= rows.count) {
             *fault = (rows_fault){.row = n, .value = row};

@@ -23,6 +23,7 @@ typedef enum {
     ROWS_BAD_ARGUMENT, /* a dtype where it has no meaning, a negative size, a layout whose parts overlap or stick out */
     ROWS_BAD_TOKEN,    /* fault: row, and the token it names */
     ROWS_BAD_ORDER,    /* fault: row is the place in the order, value the row it names */
+    ROWS_BAD_VISIT,    /* fault: row is the place in `visit`, value what stands there */
 } rows_status;
 
 typedef struct {
@@ -80,9 +81,11 @@ rows_status rows_pack(const simd_loops *loops, const rows_layout *layout, rows_i
 rows_status rows_unpack(const simd_loops *loops, const rows_layout *layout, rows_input packed, rows_output hidden,
                         void *weights, int32_t *slots);
 
-/* gathered [N]: row n is row `index[n]` of `rows`; both are row_bytes long. fault: row n and the row it names. */
-rows_status rows_gather(int64_t row_bytes, rows_input rows, const int64_t *index, rows_output gathered,
-                        rows_fault *fault);
+/* gathered [N]: row n is row `index[n]` of `rows`; both are row_bytes long. visit [num_visited], or NULL for 0..N-1: the
+ * rows to write, in this order; where rows are wanted several times, an order in which they come one after the other
+ * reads them once. fault: row n and the row it names, or the place in `visit` and what stands there. */
+rows_status rows_gather(int64_t row_bytes, rows_input rows, const int64_t *index, const int64_t *visit,
+                        int64_t num_visited, rows_output gathered, rows_fault *fault);
 
 /* sums [T]: the sum of each token's rows, in float32 (float64 for float64), converted once to `dtype`; 0 without rows.
  * tokens [N]. order [num_added], or NULL for 0..N-1: the rows to add, in this order. weights [N] or NULL: factors in

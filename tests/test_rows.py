@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -409,7 +410,15 @@ def dequantize_arguments() -> dict:
     }  # fmt: skip
 
 
+def gather_arguments() -> dict:
+    return {
+        "rows": np.zeros((3, 16), np.uint8), "order": np.array([2, 0, 1, 2]), "gathered": np.zeros((4, 16), np.uint8),
+        "visit": np.array([1, 2, 0, 3]),
+    }  # fmt: skip
+
+
 FUNCTIONS = {
+    "gather_rows": (gather_arguments, {"gathered"}),
     "pack_rows": (pack_arguments, {"packed"}),
     "unpack_rows": (unpack_arguments, {"hidden", "weights", "slots"}),
     "sum_rows": (sum_arguments, {"sums"}),
@@ -463,7 +472,7 @@ UNUSABLE = {
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_valid_arguments_are_taken(function):
     assert call(function) is None
-    for name in SETS:
+    for name in SETS if "simd" in FUNCTIONS[function][0]() else ():
         assert call(function, simd=name) is None
 
 
@@ -472,7 +481,8 @@ def test_valid_arguments_are_taken(function):
 @pytest.mark.parametrize("function, name", each(np.ndarray))
 def test_unusable_arrays_are_refused_by_name(function, name, how):
     unusable = UNUSABLE[how](FUNCTIONS[function][0]()[name])
-    if how.startswith("one row") and name in ("sums", "order"):
+    of_any_length = {"sum_rows": ("sums", "order"), "gather_rows": ("rows", "visit")}.get(function, ())
+    if how.startswith("one row") and name in of_any_length:
         pytest.skip("may have any length")
     if unusable is None and name == "hidden":
         pytest.skip("may be None")
@@ -484,7 +494,12 @@ def test_unusable_arrays_are_refused_by_name(function, name, how):
 @needs_c
 @pytest.mark.parametrize("function, name", each(np.ndarray))
 def test_none_is_taken_only_where_it_means_something(function, name):
-    if (function, name) in (("unpack_rows", "hidden"), ("sum_rows", "weights"), ("sum_rows", "order")):
+    if (function, name) in (
+        ("unpack_rows", "hidden"),
+        ("sum_rows", "weights"),
+        ("sum_rows", "order"),
+        ("gather_rows", "visit"),
+    ):
         assert call(function, **{name: None}) is None
     else:
         with pytest.raises(ValueError, match=f"^{name}: "):
@@ -512,7 +527,7 @@ def test_words_without_meaning_are_refused(function, name, word):
 
 @needs_c
 def test_dtypes_are_refused_where_they_have_no_meaning():
-    for function in FUNCTIONS:
+    for function in FUNCTIONS.keys() - {"gather_rows"}:
         for dtype in ("int8", "float8_e4m3fn", "float8_e4m3fnuz"):
             with pytest.raises(ValueError, match="^dtype: "):
                 call(function, dtype=dtype)
@@ -570,6 +585,11 @@ def test_indices_outside_are_named():
     for row in (3, -1, 2**62):
         with pytest.raises(ValueError, match=f"^order: entry 0 is row {row}, which is not in 0..2"):
             call("sum_rows", order=np.array([row]))
+        with pytest.raises(ValueError, match=f"^order: entry 1 is row {row}, which is not in 0..2"):
+            call("gather_rows", order=np.array([0, row, 0, 0]))
+    for place in (4, -1, 2**62):
+        with pytest.raises(ValueError, match=f"^visit: entry 1 is row {place}, which is not in 0..3"):
+            call("gather_rows", visit=np.array([0, place]))
 
 
 @needs_c
@@ -708,3 +728,17 @@ def test_the_gil_is_released_while_c_works():
     finally:
         sys.setswitchinterval(interval)
     assert seen > 0
+
+
+# ---------------------------------------------------------------- gathered rows
+
+
+@given(st.integers(1, 30), st.integers(0, 60), st.sampled_from(DTYPES), st.integers(0, 2**32 - 1))
+@EXAMPLES
+def test_gathered_rows_are_the_same_in_any_order_of_visits(num_rows, wanted, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.randn(num_rows, 24, generator=generator).to(dtype)
+    order = torch.randint(0, num_rows, (wanted,), generator=generator)
+    with mock.patch.object(rows, "_CACHED_BYTES", 0):  # as if no cache could hold them
+        found = rows.gather(table, order, visit=lambda: order.argsort(stable=True))
+    assert torch.equal(found, table[order])
