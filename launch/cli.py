@@ -14,7 +14,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -129,13 +129,27 @@ def _train(options: argparse.Namespace) -> int:
         named = read_toml(Path(options.config)).get("cluster")
         options.cluster = str(Path(options.config).parent / named) if isinstance(named, str) else None
     target = ["-m", "moe_runtime.launch.jobs.train", options.config, *_job_arguments(options)]
-    return _launch(options, "train", target, clean_stdout=False)
+
+    def predict(cluster: Cluster) -> Any:
+        return _planning_job().of_train(options.config, options.job_arguments, cluster)
+
+    return _launch(options, "train", target, clean_stdout=False, predict=predict)
 
 
 def _generate(options: argparse.Namespace) -> int:
     # Its stdout is the text (or the JSON object) and nothing else.
     target = ["-m", "moe_runtime.launch.jobs.generate", *_job_arguments(options)]
-    return _launch(options, "generate", target, clean_stdout=True)
+
+    def predict(cluster: Cluster) -> Any:
+        return _planning_job().of_generate(options.job_arguments, cluster)
+
+    return _launch(options, "generate", target, clean_stdout=True, predict=predict)
+
+
+def _planning_job() -> Any:
+    from .planning import job  # builds the model's shape with transformers
+
+    return job
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -151,14 +165,34 @@ def _job_arguments(options: argparse.Namespace) -> list[str]:
     return [*options.job_arguments, *(["--cluster", options.cluster] if options.cluster else [])]
 
 
-def _launch(options: argparse.Namespace, job: str, target: list[str], clean_stdout: bool) -> int:
-    """Start `target` (the worker's arguments) on every rank, or show what would be started."""
+def _launch(
+    options: argparse.Namespace,
+    job: str,
+    target: list[str],
+    clean_stdout: bool,
+    predict: Callable[[Cluster], Any] | None = None,
+) -> int:
+    """Start `target` (the worker's arguments) on every rank, or show what would be started.
+
+    predict: for jobs whose model is known, what the ranks would hold (planning.plan.Planned), for --dry-run.
+    """
     cluster = _local_cluster(options)
     job = options.rdzv_id or re.sub(r"[^\w.-]", "_", job)
     ranks = _plan_ranks(options, cluster, job, target)
     if options.dry_run:
-        for rank, (node, device) in zip(ranks, _devices(cluster), strict=True):
+        held, said = [""] * len(ranks), ""
+        try:
+            if predict:
+                planned = predict(cluster)
+                held, said = _planning_job().rank_lines(planned), _planning_job().summary(planned)
+        except USER_ERRORS as error:  # the model may lie on other machines only; the commands are shown all the same
+            said = f"what ranks would hold is not known: {one_line(error)}"
+        if said:
+            print(said)
+        for rank, (node, device), holds in zip(ranks, _devices(cluster), held, strict=True):
             print(f"{rank.label}  node {node.name}  host {node.host}  device {node.vendor}:{device}")
+            if holds:
+                print(f"  {holds}")
             print("  " + shlex.join(["env", *(f"{key}={value}" for key, value in rank.env.items()), *rank.argv]))
         return 0
     log_dir = Path(options.log_dir or f"runs/{job}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")

@@ -409,8 +409,9 @@ class Runtime:
 
     # ---- what runs ----------------------------------------------------------------------------------------------
 
-    def load(self, model: PreTrainedModel, reset: bool = False) -> np.ndarray:
-        """Tokens per expert [L, E] that all ranks' experts have computed since the last reset. Every rank calls."""
+    def load(self, model: PreTrainedModel, reset: bool = False, by_rank: bool = False) -> np.ndarray:
+        """Tokens per expert [L, E] that all ranks' experts have computed since the last reset; or those of each rank,
+        [R, L, E]. Every rank calls."""
         layers = [module.moe_runtime_layer for module in expert_layers(model)]
         placement = layers[0].placement
         load = torch.zeros(len(layers), placement.num_experts, dtype=torch.int64)
@@ -418,6 +419,8 @@ class Runtime:
             load[layer.index] = torch.from_numpy(layer.tokens_per_expert(self.rank))
             if reset:
                 layer.tokens_per_slot[:], layer.earlier_tokens = 0, None
+        if by_rank:
+            return self.transport.all_gather(load, "load").numpy()
         self.transport.all_reduce(load, "load")
         return load.numpy()
 

@@ -137,6 +137,27 @@ def test_plots_are_written_whole_or_refused_in_a_line(capsys, loads, tmp_path, m
     assert code == 2 and "pip install 'moe-runtime[plot]'" in err
 
 
+# ---------------------------------------------------------------- dry runs
+
+
+def test_a_dry_run_says_what_each_rank_would_hold(capsys):
+    folder = Path(V3).parent
+    words = ["generate", "--model", folder, "--cluster", MIXED, "--prompt", "x", "--keep-fp8", "--dry-run"]
+    code, out, _ = launch(capsys, *words)
+    assert code == 0 and out.startswith("predicted, all experts alike")
+    assert out.count("slots for 256 experts in each of 58 layers") == 24
+    assert (
+        "18 slots for 256 experts in each of 58 layers: 42.8 GiB (fp8) beside a dense part of 31.9 GiB; 21.3 GiB" in out
+    )
+    words.remove("--keep-fp8")
+    assert (
+        "what ranks would hold is not known: 256 experts of 4.76 GiB (all layers) do not fit"
+        in launch(capsys, *words)[1]
+    )
+    code, out, _ = launch(capsys, "train", ROOT / "configs/demo.toml", "--dry-run")
+    assert code == 0 and "10 slots for 16 experts" in out and "6 slots for 16 experts" in out
+
+
 # ---------------------------------------------------------------- rates
 
 

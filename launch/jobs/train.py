@@ -190,7 +190,7 @@ class _Log:
     def step(self, step: int, loss: float, model: Any) -> None:
         if (step + 1) % self._config.log_every and step + 1 != self._config.steps:
             return
-        load_LE = self._runtime.load(model, reset=True)  # every rank calls
+        rows = self._runtime.load(model, reset=True, by_rank=True).sum(axis=(1, 2))  # every rank calls
         if self._runtime.rank:
             return
         now = time.perf_counter()
@@ -198,7 +198,7 @@ class _Log:
         rate = since * self._config.batch_size * self._config.sequence_length / (now - self._last)
         left = (now - self._started) / (step + 1) * (self._config.steps - step - 1)
         self._last = now
-        share = self._rank_share(load_LE)
+        share = (rows / max(1, rows.sum())).tolist()
         print(
             f"step {step + 1:>5}/{self._config.steps}  loss {loss:.3f}  {rate:>7,.0f} tokens/s  "
             f"load {' '.join(f'rank{r} {s:.0%}' for r, s in enumerate(share))}  {left:.0f} s left",
@@ -215,15 +215,6 @@ class _Log:
                 f"saved {folder} in {time.perf_counter() - self._last:.1f} s; the whole run took "
                 f"{time.perf_counter() - self._started:.0f} s"
             )
-
-    def _rank_share(self, load_LE: Any) -> list[float]:
-        placement = self._runtime.view.placement
-        totals = [0.0] * self._runtime.size
-        for layer in range(placement.num_layers):
-            for slot, expert in enumerate(placement.slot_expert[layer]):
-                totals[placement.slot_rank[slot]] += load_LE[layer, expert] * placement.slot_share[layer, slot]
-        whole = sum(totals) or 1.0
-        return [total / whole for total in totals]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,7 +15,8 @@ from ...core.cluster import Cluster, load_cluster
 from ...core.errors import ConfigError
 from ...experts import placement as placements
 from ...experts import traces
-from ...experts.placement import Plan, bounds
+from ...experts.placement import Placement, Plan, bounds
+from ...experts.placement.model import Ranks
 from . import rates
 from .shape import EXPERT_BYTES, ModelShape, read_shape
 
@@ -93,8 +94,20 @@ def make(options: argparse.Namespace) -> Planned:
     slots = options.slots or default_slots(shape, memory, options.load is not None, cluster.num_ranks)
     extra = {} if options.smoothing is None else {"smoothing": options.smoothing}
     plan = placements.plan(load, ranks, slots, policy=options.policy, bytes_per_expert=shape.expert_bytes, **extra)
-    even = even_plan(plan, load)
-    times, even_times = plan.times(), even.times()
+    return judged(shape, cluster, rated, plan, memory, rows, source)
+
+
+def judged(
+    shape: ModelShape,
+    cluster: Cluster,
+    rated: rates.Rates,
+    plan: Plan,
+    memory: list[float | None],
+    rows: float,
+    source: str,
+) -> Planned:
+    """A plan with its times, and those of the even split."""
+    times, even_times = plan.times(), even_plan(plan, plan.load).times()
     return Planned(
         shape,
         cluster,
@@ -179,9 +192,37 @@ def default_slots(shape: ModelShape, memory: list[float | None], has_load: bool,
 def even_plan(plan: Plan, load: np.ndarray) -> Plan:
     """Experts in order, equal numbers on every rank, no replicas: what is compared with."""
     even = placements.proportional(len(load), plan.num_experts, [1.0] * plan.num_ranks)
-    slots = np.bincount(even.slot_rank, minlength=plan.num_ranks).astype(np.int64)
-    ranks = type(plan.ranks)(plan.ranks.cost, plan.ranks.fixed, slots, plan.ranks.node)
-    return Plan(even.slot_expert, even.slot_rank, even.slot_share, plan.num_experts, plan.num_ranks, ranks, load)
+    return as_plan(even, plan.ranks.cost, plan.ranks.fixed, plan.ranks.node, load)
+
+
+def as_plan(placed: Placement, cost: np.ndarray, fixed: np.ndarray, node: np.ndarray, load: np.ndarray) -> Plan:
+    """A placement with the times of ranks [R] and a load [L, E], to be judged as plans are."""
+    slots = np.bincount(placed.slot_rank, minlength=placed.num_ranks).astype(np.int64)
+    ranks = Ranks(cost, fixed, slots, node)
+    tables = (placed.slot_expert, placed.slot_rank, placed.slot_share, placed.num_experts, placed.num_ranks)
+    return Plan(*tables, ranks, load)
+
+
+def of_job(shape: ModelShape, cluster: Cluster, placed: Placement | None) -> Planned:
+    """What a job would hold and take with a placement, or with the one it gets without: for --dry-run.
+
+    Nothing is measured: all experts alike, times in rows. Raises ConfigError for what does not fit.
+    """
+    speeds = np.array(cluster.rank_speeds())
+    placed = placed or placements.proportional(shape.num_layers, shape.num_experts, speeds.tolist())
+    found = (placed.num_layers, placed.num_experts, placed.num_ranks)
+    if found != (shape.num_layers, shape.num_experts, cluster.num_ranks):
+        raise ConfigError(
+            f"the placement is for (layers, experts, ranks) = {found}, the job has "
+            f"{(shape.num_layers, shape.num_experts, cluster.num_ranks)}; plan again"
+        )
+    memory = [_room(shape, node.memory_gib, 0.0) for node in cluster.rank_nodes()]
+    check_fit(shape, cluster, memory, 0.0)
+    rows = float(cluster.num_ranks * shape.top_k)
+    load = np.full((shape.num_layers, shape.num_experts), rows / shape.num_experts)
+    node = np.zeros(len(speeds), dtype=np.int64)
+    plan = as_plan(placed, 1 / speeds, np.zeros(len(speeds)), node, load)
+    return judged(shape, cluster, rates.speeds_only(shape), plan, memory, rows, "all experts alike")
 
 
 def rank_rows(planned: Planned) -> list[dict[str, Any]]:

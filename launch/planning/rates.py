@@ -51,12 +51,18 @@ def make_rates(options: argparse.Namespace, shape: ModelShape, wire_bytes: float
     if options.tflops is None:
         if given:
             raise ConfigError("--memory-gb-s without --tflops; give both, or --tflops alone")
-        return Rates(1.0, 0.0, bytes_per_row, "nothing measured: times are in rows of a device of speed 1", "rows")
+        return speeds_only(shape)
     per_row = 2 * shape.products_per_row / (options.tflops * 1e12)
     per_expert = shape.expert_bytes / (options.memory_gb_s * 1e9) if options.memory_gb_s else 0.0
     source = f"given: {options.tflops:g} TFLOP/s"
     source += f", {options.memory_gb_s:g} GB/s of weights" if options.memory_gb_s else "; reading weights costs nothing"
     return Rates(per_row, per_expert, bytes_per_row, source)
+
+
+def speeds_only(shape: ModelShape) -> Rates:
+    """Where nothing but relative speeds is known."""
+    source = "nothing measured: times are in rows of a device of speed 1"
+    return Rates(1.0, 0.0, 3.0 * shape.hidden, source, "rows")
 
 
 def _measured(path: Path, shape: ModelShape, bytes_per_row: float) -> Rates:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ...core.errors import CheckpointError, ConfigError
 
@@ -49,12 +50,7 @@ def read_shape(path: str | Path, dtype: str = "auto") -> ModelShape:
     dtype: what experts are held in; "auto" takes FP8 where the checkpoint has it, else the config's. Raises ConfigError
     or CheckpointError for what cannot be read, or has no experts.
     """
-    import torch
     from transformers import AutoConfig
-
-    from ...layer import experts_modules
-    from ...model import empty_model, hidden_size_of, routing_top_k
-    from ...recorder import layer_numbers
 
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
@@ -69,21 +65,32 @@ def read_shape(path: str | Path, dtype: str = "auto") -> ModelShape:
         raise CheckpointError(f"{file}: no config that transformers can read ({said})") from None
     stored = dtype
     if dtype == "auto":
-        own = str(config.dtype or torch.bfloat16).removeprefix("torch.")
-        stored = "fp8" if quantized and quantized.get("quant_method") == "fp8" else own
+        is_fp8 = quantized and quantized.get("quant_method") == "fp8"
+        stored = "fp8" if is_fp8 else str(config.dtype or "bfloat16").removeprefix("torch.")
+    return shape_of(config, str(path), stored)
+
+
+def shape_of(config: Any, name: str, stored: str) -> ModelShape:
+    """The shape of a transformers config whose experts are held in `stored`. `name` is what errors call it."""
+    import torch
+
+    from ...layer import experts_modules
+    from ...model import empty_model, hidden_size_of, routing_top_k
+    from ...recorder import layer_numbers
+
     if stored not in EXPERT_BYTES:
-        raise ConfigError(f"{file}: dtype {stored!r}; choose one of {', '.join(EXPERT_BYTES)} with --dtype")
+        raise ConfigError(f"{name}: dtype {stored!r}; choose one of {', '.join(EXPERT_BYTES)} with --dtype")
     held = torch.bfloat16 if stored == "fp8" else getattr(torch, stored)
     model = empty_model(config, held)
     modules = experts_modules(model)
     first = next(iter(modules.values()))
     counts = {(m.num_experts, sum(p.numel() for p in m.parameters(recurse=False))) for m in modules.values()}
     if len(counts) > 1:
-        raise ConfigError(f"{file}: expert layers of different sizes {sorted(counts)}; plan takes layers alike")
+        raise ConfigError(f"{name}: expert layers of different sizes {sorted(counts)}; plan takes layers alike")
     (num_experts, weights), *_ = counts
     dense = sum(p.numel() for p in model.parameters()) - weights * len(modules)
     return ModelShape(
-        f"{config.model_type} ({path})",
+        f"{config.model_type} ({name})",
         len(modules),
         num_experts,
         routing_top_k(config),
