@@ -217,8 +217,11 @@ class Rebalancer:
         look = self._measure(passes)
         answer: Any = None
         if self.transport.rank == 0:
-            wanted = self.policy(look)
-            answer = [None if wanted is None else plan_to_dict(wanted), getattr(self.policy, "decision", "")]
+            try:
+                wanted = self.policy(look)
+                answer = [None if wanted is None else plan_to_dict(wanted), getattr(self.policy, "decision", "")]
+            except ConfigError as error:  # no plan is no reason to end the job
+                answer = [None, f"the policy could not plan: {error}"]
         found, self.decision = all_gather_message(self.transport, answer, "rebalance (decision)")[0]
         if found is not None:
             self.begin(plan_from_dict(found, "the policy's placement"), optimizer)

@@ -398,6 +398,23 @@ def test_auto_looks_and_leaves_tokens_alone(checkpoint):
         assert "looks every 4 passes" in described and "rebalancing, last look: after 4 passes" in described
 
 
+def with_a_policy_that_fails(checkpoint: Path) -> str:
+    def policy(look: Look):
+        raise ConfigError("no idea")
+
+    with moe_runtime.init({"timeout_s": 60}) as runtime, torch.inference_mode():
+        model = runtime.load_model(checkpoint, dtype=torch.float32)
+        runtime.rebalance_by(model, policy, every=1)
+        for _ in range(3):
+            model(prompts(0))
+        return runtime.describe()
+
+
+def test_a_policy_that_cannot_plan_is_told_of_and_nothing_moves(checkpoint):
+    for described in run_ranks(with_a_policy_that_fails, 2, checkpoint):
+        assert "0 switches" in described and "last look: the policy could not plan: no idea" in described
+
+
 def test_settings_that_cannot_be_are_refused():
     with pytest.raises(ConfigError, match="rebalance must be off or auto"):
         moe_runtime.init({"rebalance": "on"})
