@@ -34,8 +34,16 @@ class ReplicaChooser:
         self._slots_EX = torch.tensor(padded, dtype=torch.int64)
         # Every expert is in the slot of its own number: nothing to look up.
         self.same = most == 1 and [slots[0] for slots in slots_of] == list(range(placement.num_experts))
-        ends = np.array([_ends(placement.slot_share[layer, slots], most) for slots in slots_of])
-        self._ends_EX = torch.from_numpy(ends)
+        self._ends_EX = torch.from_numpy(self._ends(placement.slot_share[layer], slots_of, most))
+
+    @staticmethod
+    def _ends(share_S: np.ndarray, slots_of: list[list[int]], most: int) -> np.ndarray:
+        """Where each replica's part of [0, 1) ends [E, X], the last repeated; equal parts where all shares are 0."""
+        is_slot = np.arange(most) < np.array([len(slots) for slots in slots_of])[:, None]
+        share_EX = np.zeros(is_slot.shape)
+        share_EX[is_slot] = share_S[[slot for slots in slots_of for slot in slots]]
+        share_EX = np.where(share_EX.sum(axis=1, keepdims=True) > 0, share_EX, is_slot)
+        return np.cumsum(share_EX / share_EX.sum(axis=1, keepdims=True), axis=1)
 
     def choose(self, topk_ids_TK: torch.Tensor) -> torch.Tensor:
         """topk_ids [T, K] integer expert ids (-1 = not selected) to slots [T, K] int64 (-1 stays -1), on the CPU.
@@ -66,10 +74,3 @@ class ReplicaChooser:
             f"dispatch: topk_ids[{token}, {k}] = {ids_TK[token, k]} is not an expert "
             f"(0..{len(self._slots_EX) - 1}, or -1)"
         )
-
-
-def _ends(shares: np.ndarray, length: int) -> np.ndarray:
-    """Where each replica's part of [0, 1) ends [length], the last repeated; equal parts where all shares are 0."""
-    total = shares.sum()
-    parts = shares / total if total > 0 else np.full(len(shares), 1 / len(shares))
-    return np.pad(np.cumsum(parts), (0, length - len(parts)), mode="edge")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -58,31 +58,42 @@ def list_moves(old: Placement, new: Placement, expert_bytes: Sequence[int]) -> l
 def cut_slices(moves: Sequence[Move], limit: int) -> list[list[Chunk]]:
     """Slices in which no rank sends or receives more than `limit` bytes; each sorted by source, destination, move.
 
-    An expert's bytes may be cut, and come in order.
+    An expert's bytes may be cut, and come in order. In every slice each source fills what it may send, its destinations
+    taking turns, so that sources do not queue for the same one.
     """
-    sent: Counter[tuple[int, int]] = Counter()
-    received: Counter[tuple[int, int]] = Counter()
-    full_out: Counter[int] = Counter()  # slices of each rank that have no room left
-    full_in: Counter[int] = Counter()
-    slices: list[list[Chunk]] = []
+    waiting: dict[int, dict[int, deque[int]]] = {}  # moves by source and destination
     for number, move in enumerate(moves):
-        begin, at = 0, max(full_out[move.source], full_in[move.destination])
-        while begin < move.num_bytes:
-            out, into = (at, move.source), (at, move.destination)
-            size = min(move.num_bytes - begin, limit - sent[out], limit - received[into])
-            if size > 0:
-                slices += [[] for _ in range(at + 1 - len(slices))]
-                slices[at].append(Chunk(number, begin, begin + size))
-                begin += size
-                sent[out] += size
-                received[into] += size
-            while sent[full_out[move.source], move.source] >= limit:
-                full_out[move.source] += 1
-            while received[full_in[move.destination], move.destination] >= limit:
-                full_in[move.destination] += 1
-            at += 1
-    for chunks in slices:
+        waiting.setdefault(move.source, {}).setdefault(move.destination, deque()).append(number)
+    done = [0] * len(moves)
+    slices: list[list[Chunk]] = []
+    while waiting:
+        chunks: list[Chunk] = []
+        room_in: dict[int, int] = {}
+        sources = list(waiting)
+        turn = len(slices) % len(sources)
+        for source in sources[turn:] + sources[:turn]:
+            room_out, queues = limit, waiting[source]
+            destinations = list(queues)
+            turn_of = (len(slices) + source) % len(destinations)
+            for destination in destinations[turn_of:] + destinations[:turn_of]:
+                if not room_out:
+                    break
+                queue = queues[destination]
+                while queue and room_out and room_in.get(destination, limit):
+                    number = queue[0]
+                    size = min(moves[number].num_bytes - done[number], room_out, room_in.get(destination, limit))
+                    chunks.append(Chunk(number, done[number], done[number] + size))
+                    done[number] += size
+                    room_out -= size
+                    room_in[destination] = room_in.get(destination, limit) - size
+                    if done[number] == moves[number].num_bytes:
+                        queue.popleft()
+                if not queue:
+                    del queues[destination]
+            if not queues:
+                del waiting[source]
         chunks.sort(key=lambda chunk: (moves[chunk.move].source, moves[chunk.move].destination, chunk.move))
+        slices.append(chunks)
     return slices
 
 
