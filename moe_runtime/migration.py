@@ -45,7 +45,9 @@ def columns_of(layer: torch.nn.Module, optimizer: torch.optim.Optimizer | None) 
     columns = []
     for name, parameter in sorted(layer.named_parameters(recurse=False)):
         columns.append(_weight(layer, name, optimizer))
-        for key, value in sorted(optimizer.state.get(parameter, {}).items() if optimizer else ()):
+        if optimizer is None:
+            continue
+        for key, value in sorted(optimizer.state.get(parameter, {}).items()):
             if not isinstance(value, torch.Tensor) or value.dim() == 0:
                 continue  # a count of steps, the same on every rank
             if value.shape != parameter.shape:

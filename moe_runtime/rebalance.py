@@ -84,13 +84,14 @@ class Rebalancer:
         Serving takes a step per pass, or a look where one is due. Training takes a step at every layer, since all must
         have travelled before the optimizer's next one.
         """
-        if self.migration is None:
+        migration = self.migration
+        if migration is None:
             if layer == 0 and self._is_due() and not self.layers[0].training:
                 self._look()
         elif self.optimizer is not None:
-            self._travel()
-        elif layer == 0 and self._travel():
-            self._conclude()
+            self._travel(migration)
+        elif layer == 0 and self._travel(migration):
+            self._conclude(migration)
 
     def between_steps(self, optimizer: torch.optim.Optimizer) -> None:
         """A look where one is due, after an optimizer step. Every rank calls."""
@@ -125,6 +126,7 @@ class Rebalancer:
                         f"rebalance: rank {rank} disagrees with rank 0 on {word}: {theirs} against {first}; call it "
                         "on all ranks with the same arguments, between the same forward passes"
                     )
+        assert migration is not None  # its problem would have been raised above
         told = self._set_aside(migration)
         if told:
             self._roll_back(told)
@@ -144,11 +146,12 @@ class Rebalancer:
 
     def finish(self) -> None:
         """Do the rest of a migration at once. Every rank calls; while training, before the optimizer's step."""
-        if self.migration is None:
+        migration = self.migration
+        if migration is None:
             return
-        while not self._travel():
+        while not self._travel(migration):
             pass
-        self._conclude()
+        self._conclude(migration)
 
     def _check(self, new: Placement) -> str:
         old = self.placement
@@ -159,19 +162,19 @@ class Rebalancer:
                 return f"rebalance: the placement has {word} = {getattr(new, word)}, the model {getattr(old, word)}"
         return ""
 
-    def _travel(self) -> bool:
+    def _travel(self, migration: Migration) -> bool:
         """One step; whether all have come."""
         try:
-            if not self.migration.moved:
-                self.migration.step()
+            if not migration.moved:
+                migration.step()
         except BaseException:
             self._end()  # a rank is lost, or late: the old placement stays in force
             raise
-        return self.migration.moved
+        return migration.moved
 
-    def _conclude(self) -> None:
+    def _conclude(self, migration: Migration) -> None:
         """All have come: check, move the gradients after them where there are any, and switch; or roll back."""
-        migration, began = self.migration, time.perf_counter()
+        began = time.perf_counter()
         moved, problem = [migration], ""
         try:
             problem = migration.problem()
@@ -199,7 +202,8 @@ class Rebalancer:
 
     def _end(self) -> None:
         self.migration, self.optimizer = None, None
-        self._watchdog.stop()
+        if self._watchdog is not None:
+            self._watchdog.stop()
 
     def _roll_back(self, why: str) -> None:
         self.rolled_back += 1
