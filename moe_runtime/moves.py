@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,8 +26,7 @@ class Move:
         return f"layer {self.layer}, expert {self.expert}, rank {self.source} -> rank {self.destination}"
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Bytes [begin, end) of one move, by its number."""
 
     move: int
@@ -64,32 +64,37 @@ def cut_slices(moves: Sequence[Move], limit: int) -> list[list[Chunk]]:
     waiting: dict[int, dict[int, deque[int]]] = {}  # moves by source and destination
     for number, move in enumerate(moves):
         waiting.setdefault(move.source, {}).setdefault(move.destination, deque()).append(number)
+    turns = {source: deque(queues) for source, queues in waiting.items()}  # of destinations
+    for source, destinations in turns.items():
+        destinations.rotate(-source)
     done = [0] * len(moves)
     slices: list[list[Chunk]] = []
     while waiting:
         chunks: list[Chunk] = []
         room_in: dict[int, int] = {}
         sources = list(waiting)
-        turn = len(slices) % len(sources)
-        for source in sources[turn:] + sources[:turn]:
+        first = len(slices) % len(sources)
+        for source in sources[first:] + sources[:first]:
             room_out, queues = limit, waiting[source]
-            destinations = list(queues)
-            turn_of = (len(slices) + source) % len(destinations)
-            for destination in destinations[turn_of:] + destinations[:turn_of]:
-                if not room_out:
-                    break
-                queue = queues[destination]
-                while queue and room_out and room_in.get(destination, limit):
+            for _ in range(len(queues)):
+                destination = turns[source][0]
+                queue, room = queues[destination], room_in.get(destination, limit)
+                while queue and room_out and room:
                     number = queue[0]
-                    size = min(moves[number].num_bytes - done[number], room_out, room_in.get(destination, limit))
+                    size = min(moves[number].num_bytes - done[number], room_out, room)
                     chunks.append(Chunk(number, done[number], done[number] + size))
                     done[number] += size
-                    room_out -= size
-                    room_in[destination] = room_in.get(destination, limit) - size
+                    room_out, room = room_out - size, room - size
                     if done[number] == moves[number].num_bytes:
                         queue.popleft()
-                if not queue:
+                room_in[destination] = room
+                if queue:
+                    turns[source].rotate(-1)
+                else:
+                    turns[source].popleft()
                     del queues[destination]
+                if not room_out:
+                    break
             if not queues:
                 del waiting[source]
         chunks.sort(key=lambda chunk: (moves[chunk.move].source, moves[chunk.move].destination, chunk.move))
