@@ -27,6 +27,11 @@ def unpack(data: bytes) -> Any:
     return msgpack.unpackb(data, strict_map_key=False)  # msgpack bounds every part by the length of the whole
 
 
+def first_problem(transport: Transport, mine: str, phase: str) -> str:
+    """What the first rank with a problem says of it, or "" where none has any; the same on every rank."""
+    return next((told for told in all_gather_message(transport, mine, phase) if told), "")
+
+
 def all_gather_message(transport: Transport, message: Any, phase: str) -> list[Any]:
     """Every rank's message (msgpack types), on every rank, in rank order."""
     payload = torch.frombuffer(bytearray(pack(message)), dtype=torch.uint8)

@@ -17,9 +17,8 @@ import torch
 from ..core.placement import Placement
 from .placement import kernels
 from .placement.jit import engine, jit
+from .placement.planner import pour
 from .routing import ReplicaChooser
-
-_SWEEPS, _TOLERANCE = 40, 1e-4  # as in placement.split
 
 
 @jit
@@ -133,11 +132,7 @@ class BalancedChooser(ReplicaChooser):
 
     def quotas(self, counts_E: np.ndarray) -> np.ndarray:
         """Tokens that each slot takes [S] int64, of all ranks' counts [E]."""
-        load_E = counts_E.astype(np.float64)
-        tokens_S = kernels.equal_tokens(self._expert_S, load_E)
-        kernels.split_tokens(
-            self._expert_S, self._rank_S, load_E, self._cost, self._fixed, tokens_S, _SWEEPS, _TOLERANCE
-        )
+        tokens_S = pour(counts_E.astype(np.float64), self._expert_S, self._rank_S, self._cost, self._fixed)
         return whole_quotas(tokens_S, self._slots, self._begin)
 
 

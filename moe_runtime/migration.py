@@ -18,7 +18,7 @@ import torch
 
 from .comm.quirks import as_bytes
 from .comm.transport import Transport
-from .comm.wire import all_gather_message
+from .comm.wire import all_gather_message, first_problem
 from .core.errors import ConfigError
 from .core.memory import pool
 from .core.placement import Placement
@@ -241,7 +241,7 @@ class Migration:
         if any(changed for _, changed in said):
             rank = [changed for _, changed in said].index(True)
             found = f"rank {rank}'s weights changed meanwhile; in training give optimizer="
-        return next((told for told in all_gather_message(self.transport, found, "rebalance (outcome)") if told), "")
+        return first_problem(self.transport, found, "rebalance (outcome)")
 
     def _weight_versions(self) -> list[int]:
         """torch's counts of writes to the weights; tensors made in inference mode have none."""

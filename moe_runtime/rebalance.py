@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from .comm.transport import Transport
-from .comm.wire import all_gather_message
+from .comm.wire import all_gather_message, first_problem
 from .core.errors import ConfigError
 from .core.placement import Placement
 from .experts.placement.files import plan_from_dict, plan_to_dict
@@ -103,7 +103,7 @@ class Rebalancer:
 
     def begin(self, new: Placement, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Begin to move. Every rank calls at the same pass. Raises ConfigError, on all ranks, for what cannot be."""
-        problem = self._check(new)
+        problem = self._check(new, optimizer)
         migration: Migration | None = None
         if not problem:
             try:
@@ -142,7 +142,7 @@ class Rebalancer:
                 migration.set_aside()
         except (MemoryError, RuntimeError) as error:  # RuntimeError is torch's word for it
             failed = f"rank {self.transport.rank} has no memory for it ({str(error).splitlines()[0]})"
-        return next((told for told in all_gather_message(self.transport, failed, "rebalance (memory)") if told), "")
+        return first_problem(self.transport, failed, "rebalance (memory)")
 
     def finish(self) -> None:
         """Do the rest of a migration at once. Every rank calls; while training, before the optimizer's step."""
@@ -153,8 +153,11 @@ class Rebalancer:
             pass
         self._conclude(migration)
 
-    def _check(self, new: Placement) -> str:
+    def _check(self, new: Placement, optimizer: torch.optim.Optimizer | None) -> str:
         old = self.placement
+        trains = self.layers[0].training and any(p.requires_grad for layer in self.layers for p in layer.parameters())
+        if trains and optimizer is None:
+            return "rebalance: a model in training needs optimizer=, or model.eval() first"
         if self.migration is not None:
             return "rebalance: another one is under way; finish it first"
         for word in ("num_layers", "num_experts", "num_ranks"):

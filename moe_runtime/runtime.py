@@ -172,14 +172,12 @@ class Runtime:
 
     def _shard(self, model: PreTrainedModel, placement: Placement | str | Path | None) -> None:
         modules = experts_modules(model)
-        if isinstance(placement, (str, Path)):
-            with self._same_outcome("read placement"):
-                placement = load_plan(placement)
         if placement is None:
             num_experts = {module.num_experts for module in modules.values()}
             if len(num_experts) > 1:
                 raise ConfigError(f"layers with different numbers of experts {sorted(num_experts)}: give a placement")
             placement = proportional(len(modules), num_experts.pop(), self._rank_speeds())
+        placement = self._read_placement(placement)
         if placement.num_ranks != self.size:
             raise ConfigError(f"the placement is for {placement.num_ranks} ranks, the world has {self.size}")
         shard_experts(
@@ -199,6 +197,12 @@ class Runtime:
         if self.config.rebalance == "auto" and self.size > 1:
             dispatch = "split" if self.config.replica_choice == "balanced" else "static"
             self.rebalance_by(model, Pays(dispatch=dispatch), self.config.rebalance_every)
+
+    def _read_placement(self, placement: Placement | str | Path) -> Placement:
+        if isinstance(placement, Placement):
+            return placement
+        with self._same_outcome("read placement"):
+            return load_plan(placement)
 
     def _emulated_slowdown(self) -> float:
         """How many times as long experts are made to take here, by the cluster file's emulate_speed."""
@@ -297,15 +301,8 @@ class Runtime:
         A move that fails leaves the placement in force as it is; stderr and `describe()` say why. Raises ConfigError,
         on all ranks, for a placement that does not fit.
         """
-        if isinstance(placement, (str, Path)):
-            with self._same_outcome("read placement"):
-                placement = load_plan(placement)
         rebalancer = self._rebalancer(model)
-        trains = model.training and any(p.requires_grad for m in expert_layers(model) for p in m.parameters())
-        with self._same_outcome("rebalance"):
-            if trains and optimizer is None:
-                raise ConfigError("rebalance: a model in training needs optimizer=, or model.eval() first")
-        rebalancer.begin(placement, optimizer)
+        rebalancer.begin(self._read_placement(placement), optimizer)
         if wait:
             rebalancer.finish()
 

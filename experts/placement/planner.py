@@ -202,10 +202,19 @@ def split(load_E: np.ndarray, plan_layer: tuple[Plan, int], sweeps: int = 40) ->
     load_E = np.ascontiguousarray(load_E, dtype=np.float64)
     if load_E.shape != (made.num_experts,):
         raise ConfigError(f"split: counts of shape {load_E.shape} for {made.num_experts} experts; give [E]")
-    expert_S, rank_S = made.slot_expert[layer], made.slot_rank
-    tokens_S = kernels.equal_tokens(expert_S, load_E)
-    kernels.split_tokens(expert_S, rank_S, load_E, made.ranks.cost, made.ranks.fixed, tokens_S, sweeps, 1e-4)
+    expert_S = made.slot_expert[layer]
+    tokens_S = pour(load_E, expert_S, made.slot_rank, made.ranks.cost, made.ranks.fixed, sweeps)
     return kernels.shares_of(expert_S, tokens_S, made.num_experts)
+
+
+def pour(
+    load_E: np.ndarray, expert_S: np.ndarray, rank_S: np.ndarray, cost: np.ndarray, fixed: np.ndarray, sweeps: int = 40
+) -> np.ndarray:
+    """Tokens per slot [S] of a load [E] float64 that make the slowest rank soon done; see split."""
+    from . import kernels
+
+    tokens_S = kernels.equal_tokens(expert_S, load_E)
+    return kernels.split_tokens(expert_S, rank_S, load_E, cost, fixed, tokens_S, sweeps, 1e-4)
 
 
 def read_load(load: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

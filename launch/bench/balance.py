@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import ConfigError, MoeRuntimeError
-from .balance_ranks import SHAPE, SUBJECTS
-from .model import machine_line
+from .balance_ranks import SUBJECTS
+from .expert_layer import SHAPE
+from .model import machine_line, say
 from .processes import Processes
 
 _RECORDED = (16, 2048)  # tokens with which the recorder and live moves are timed
@@ -60,7 +61,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             encoding="utf-8",
         )
         shape = [getattr(arguments, name) for name in SHAPE]
-        _say("starting two ranks ...")
+        say("starting two ranks ...")
         ranks = Processes("the layer", "balance_ranks", 2, 1, [cluster, slots, *shape])
         try:
             rows = {str(skew): of_skew(ranks, arguments, skew) for skew in arguments.skew}
@@ -101,7 +102,7 @@ def of_skew(ranks: Processes, arguments: argparse.Namespace, skew: float) -> dic
         if not all(answer["finite"] for answers in of_subject.values() for answer in answers):
             raise MoeRuntimeError("bench balance: the layer's output is not finite")
         rounds.append((together, apart, of_subject))
-        _say(f"skew {skew:g}, round {number}/{arguments.rounds}")
+        say(f"skew {skew:g}, round {number}/{arguments.rounds}")
 
     def own(which: int) -> list[float]:
         return [sum(tokens / answer["seconds"] for answer in one[which]) for one in rounds]
@@ -181,10 +182,6 @@ def render(report: dict[str, Any]) -> str:
             f"{found['last_s'] * 1e3:.1f} ms"
         )
     return "\n".join(lines)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

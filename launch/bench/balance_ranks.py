@@ -19,8 +19,8 @@ from ...core.placement import Placement
 from ...experts import placement as placements
 from ...experts.compute import grouped_experts
 from ...recorder import Recorder
+from .expert_layer import model_of_one_layer
 
-SHAPE = ("experts", "hidden", "intermediate", "top_k")
 SUBJECTS = ("even", "by speed", "planned", "planned, balanced")
 _PLANNED_ON = 16  # batches
 
@@ -29,38 +29,18 @@ class BalanceRank:
     """A DeepSeek-V3 expert layer with random bf16 weights, and what can be measured on it."""
 
     def __init__(self, cluster: str, slots: int, shape: list[int]) -> None:
-        self.num_experts, self.hidden, self.intermediate, self.top_k = shape
+        self.shape = shape
+        self.num_experts, self.hidden, _, self.top_k = shape
         self.slots = slots
         self.runtime = moe_runtime.init({"transport": "shm", "device": "cpu", "cluster": cluster})
         self.slowdown = self.runtime._slowdown
-        self.whole = self._model().experts
+        self.whole = model_of_one_layer(*shape).experts
         generator = torch.Generator().manual_seed(0)  # the same weights on every rank
         for name, parameter in list(self.whole.named_parameters()):
             weight = torch.randn(parameter.shape, generator=generator).mul_(0.02).to(torch.bfloat16)
             setattr(self.whole, name, torch.nn.Parameter(weight, requires_grad=False))
         self.layers: dict[str, Any] = {}
         self.models: dict[str, Any] = {}
-
-    def _model(self) -> torch.nn.Module:
-        from transformers import AutoConfig
-        from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
-
-        class Layer(torch.nn.Module):  # what sharding asks of a model
-            def forward(self) -> None: ...
-
-            def generate(self) -> None: ...
-
-        model = Layer()
-        model.config = AutoConfig.for_model(
-            "deepseek_v3",
-            hidden_size=self.hidden,
-            moe_intermediate_size=self.intermediate,
-            n_routed_experts=self.num_experts,
-            num_experts_per_tok=self.top_k,
-        )
-        with torch.device("meta"):
-            model.experts = DeepseekV3Experts(model.config).to(torch.bfloat16)
-        return model
 
     def batch(self, tokens: int, skew: float, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(x, ids, weights) of all ranks' tokens; experts' popularity follows Zipf's law of exponent `skew`."""
@@ -86,7 +66,7 @@ class BalanceRank:
         for name, (placement, choice) in made.items():
             # One runtime per process: its setting is changed from layer to layer.
             self.runtime.config = dataclasses.replace(self.runtime.config, replica_choice=choice)
-            model = self._model()
+            model = model_of_one_layer(*self.shape)
             self.runtime._shard(model, placement)
             mine = placement.rank_experts(0, self.runtime.rank)
             for parameter_name, whole in self.whole.named_parameters():

@@ -26,7 +26,7 @@ from ...core.errors import ConfigError
 from ..machine import available_cores
 from ..worker import one_line
 from . import world
-from .model import machine_line
+from .model import machine_line, say
 
 OURS, OURS_EXPAND = "ours", "ours, expand"
 PLAIN_GLOO, PLAIN_MPI = "plain, gloo", "plain, mpi"
@@ -96,7 +96,7 @@ def schedule(cycles: int, every: int, subjects: Sequence[str]) -> list[list[str]
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     mpirun, reason = (None, "--no-mpi") if arguments.no_mpi else world.find_mpirun()
-    _say(f"ranks start {'without MPI: ' + reason if mpirun is None else 'under mpirun'}")
+    say(f"ranks start {'without MPI: ' + reason if mpirun is None else 'under mpirun'}")
     load_average = os.getloadavg()[0]
     rows, worlds = [], []
     try:
@@ -119,14 +119,14 @@ def main(argv: list[str] | None = None) -> int:
 def run_world(settings: Settings, mpirun: list[str] | None, keep_memory: bool) -> list[dict[str, Any]]:
     """Start this world's ranks and return what each has found, by rank."""
     title = f"{settings.ranks} ranks, {settings.dtype}"
-    _say(f"{title}: starting ...")
+    say(f"{title}: starting ...")
     shared = Path("/dev/shm")  # the barrier's page should not be written back to a disk
     with tempfile.TemporaryDirectory(prefix="moe-bench-", dir=shared if shared.is_dir() else None) as scratch:
         folder = Path(scratch)
         (folder / "settings.json").write_text(json.dumps(asdict(settings)))
         (folder / "barrier").write_bytes(bytes(64 * settings.ranks))
         return world.run_world(
-            RANK_MODULE, folder, settings.ranks, settings.timeout_s, mpirun, lambda line: _say(f"{title}: {line}"),
+            RANK_MODULE, folder, settings.ranks, settings.timeout_s, mpirun, lambda line: say(f"{title}: {line}"),
             keep_memory,
         )  # fmt: skip
 
@@ -334,10 +334,6 @@ def _profile_lines(part: dict[str, Any]) -> list[str]:
 
 def _words(numbers: Sequence[int]) -> str:
     return " ".join(str(number) for number in numbers)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

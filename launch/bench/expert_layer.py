@@ -32,25 +32,9 @@ class RankOfLayer:
 
     def __init__(self, runtime: Any, experts: int, hidden: int, intermediate: int, top_k: int) -> None:
         import torch
-        from transformers import AutoConfig
-        from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
-
-        class Layer(torch.nn.Module):  # what sharding asks of a model
-            def forward(self) -> None: ...
-
-            def generate(self) -> None: ...
 
         self.runtime, self.num_experts, self.hidden, self.top_k = runtime, experts, hidden, top_k
-        model = Layer()
-        model.config = AutoConfig.for_model(
-            "deepseek_v3",
-            hidden_size=hidden,
-            moe_intermediate_size=intermediate,
-            n_routed_experts=experts,
-            num_experts_per_tok=top_k,
-        )
-        with torch.device("meta"):
-            model.experts = DeepseekV3Experts(model.config).to(torch.bfloat16)
+        model = model_of_one_layer(experts, hidden, intermediate, top_k)
         runtime._shard(model, None)
         self.layer = model.experts
         fill_fp8(self.layer, runtime.rank)
@@ -119,6 +103,30 @@ class RankOfLayer:
     @property
     def products_per_pair(self) -> int:
         return sum(weight[0].numel() for weight in self._weights())
+
+
+def model_of_one_layer(experts: int, hidden: int, intermediate: int, top_k: int) -> Any:
+    """What sharding asks of a model, around transformers' own DeepSeek-V3 experts in bfloat16, on the meta device."""
+    import torch
+    from transformers import AutoConfig
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
+
+    class Layer(torch.nn.Module):
+        def forward(self) -> None: ...
+
+        def generate(self) -> None: ...
+
+    model = Layer()
+    model.config = AutoConfig.for_model(
+        "deepseek_v3",
+        hidden_size=hidden,
+        moe_intermediate_size=intermediate,
+        n_routed_experts=experts,
+        num_experts_per_tok=top_k,
+    )
+    with torch.device("meta"):
+        model.experts = DeepseekV3Experts(model.config).to(torch.bfloat16)
+    return model
 
 
 def fill_fp8(layer: Any, seed: int) -> None:

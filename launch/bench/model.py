@@ -70,16 +70,16 @@ def main(argv: list[str] | None = None) -> int:
     subjects: list[Subject] = []
     with tempfile.TemporaryDirectory(prefix="moe-bench-") as scratch:
         folder = Path(scratch) / "model"
-        _say("writing a random checkpoint ...")
+        say("writing a random checkpoint ...")
         make_checkpoint(folder)
         try:
             for name in SUBJECTS:
-                _say(f"loading {name} ...")
+                say(f"loading {name} ...")
                 subjects.append(Subject(name, layout[name], max(1, cores // layout[name]), folder, arguments))
             for number in range(arguments.rounds):
                 for subject in subjects:
                     seconds = subject.run()
-                    _say(f"round {number + 1}/{arguments.rounds}  {subject.name:16s} {seconds}")
+                    say(f"round {number + 1}/{arguments.rounds}  {subject.name:16s} {seconds}")
         finally:
             for subject in subjects:
                 subject.close()
@@ -130,7 +130,7 @@ def render(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 

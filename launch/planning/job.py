@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def of_generate(arguments: Sequence[str], cluster: Cluster) -> Planned:
     options = parser.parse_known_args(list(arguments))[0]
     shape = read_shape(options.model, options.dtype)
     if shape.stored == "fp8" and not options.keep_fp8:  # dequantised while loading
-        shape = read_shape(options.model, "bfloat16")
+        shape = dataclasses.replace(shape, stored="bfloat16")
     return of_job(shape, cluster, load_plan(options.placement) if options.placement else None)
 
 

@@ -107,7 +107,7 @@ def judged(
     source: str,
 ) -> Planned:
     """A plan with its times, and those of the even split."""
-    times, even_times = plan.times(), even_plan(plan, plan.load).times()
+    times, even_times = plan.times(), even_plan(plan.ranks, plan.load).times()
     return Planned(
         shape,
         cluster,
@@ -189,10 +189,10 @@ def default_slots(shape: ModelShape, memory: list[float | None], has_load: bool,
     return slots
 
 
-def even_plan(plan: Plan, load: np.ndarray) -> Plan:
+def even_plan(ranks: Ranks, load: np.ndarray) -> Plan:
     """Experts in order, equal numbers on every rank, no replicas: what is compared with."""
-    even = placements.proportional(len(load), plan.num_experts, [1.0] * plan.num_ranks)
-    return as_plan(even, plan.ranks.cost, plan.ranks.fixed, plan.ranks.node, load)
+    even = placements.proportional(*load.shape, [1.0] * ranks.count)
+    return as_plan(even, ranks.cost, ranks.fixed, ranks.node, load)
 
 
 def as_plan(placed: Placement, cost: np.ndarray, fixed: np.ndarray, node: np.ndarray, load: np.ndarray) -> Plan:

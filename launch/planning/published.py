@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .rates import HOME_BYTES, OUT_BYTES
 from .shape import EXPERT_BYTES
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, LAYERS = 7168, 2048, 256, 8, 58  # DeepSeek-V3
 EXPERT_WEIGHTS = 3 * HIDDEN * INTERMEDIATE
-FP8_ROW, BF16_ROW = HIDDEN * (1 + 4 / 128), HIDDEN * 2.0
+FP8_ROW, BF16_ROW = HIDDEN * OUT_BYTES, HIDDEN * HOME_BYTES
 GPUS_PER_NODE = 8
 
 # Of an H800 node, as DeepEP's README gives them: NVLink and a 400 Gb/s card per GPU.

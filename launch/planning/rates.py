@@ -13,6 +13,9 @@ import numpy as np
 from ...core.errors import ConfigError
 from .shape import ModelShape
 
+# Of a row's values: out as FP8 with a float32 scale for 128 of them, home in bfloat16.
+OUT_BYTES, HOME_BYTES = 1.0 + 4.0 / 128, 2.0
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -37,9 +40,9 @@ def add_options(group: Any) -> None:
     group.add_argument("--memory-gb-s", type=float, metavar="X", help="10^9 bytes of weights read per second")
 
 
-def make_rates(options: argparse.Namespace, shape: ModelShape, wire_bytes: float = 1.0 + 4.0 / 128) -> Rates:
-    """From the options. Rows travel as FP8 with scales (`wire_bytes` per value) and come home in bfloat16."""
-    bytes_per_row = shape.hidden * (wire_bytes + 2.0)
+def make_rates(options: argparse.Namespace, shape: ModelShape) -> Rates:
+    """From the options."""
+    bytes_per_row = shape.hidden * (OUT_BYTES + HOME_BYTES)
     given = [name for name in ("tflops", "memory_gb_s") if getattr(options, name) is not None]
     for name in given:
         if not getattr(options, name) > 0:
@@ -62,7 +65,7 @@ def make_rates(options: argparse.Namespace, shape: ModelShape, wire_bytes: float
 def speeds_only(shape: ModelShape) -> Rates:
     """Where nothing but relative speeds is known."""
     source = "nothing measured: times are in rows of a device of speed 1"
-    return Rates(1.0, 0.0, 3.0 * shape.hidden, source, "rows")
+    return Rates(1.0, 0.0, shape.hidden * (OUT_BYTES + HOME_BYTES), source, "rows")
 
 
 def _measured(path: Path, shape: ModelShape, bytes_per_row: float) -> Rates:

@@ -24,6 +24,7 @@ from ...core.errors import ConfigError
 from ...experts import placement as placements
 from ...experts import traces
 from ...experts.placement import Plan, Rank
+from ...experts.placement.model import rank_model
 from ...experts.placement.nodes import internode_tokens, replicas_taken
 from ...experts.placement.planner import load_to_tokens, tokens_to_shares
 from .plan import even_plan
@@ -32,7 +33,7 @@ POLICIES = ("even", "eplb", "fast", "smooth", "warm", "robust", "nodes")
 DISPATCHES = ("equal", "static", "split")
 SMOOTHING = 0.3
 ROUTING_TOKENS = 4096  # planned and judged on; more say little more
-HORIZON = 10.0  # windows in which a warm plan's moves should pay
+MOVE_COST = 0.001  # of warm: what a move must save of a layer's perfectly divided time, in every window
 
 
 def add_options(parser: Any) -> None:
@@ -169,15 +170,14 @@ def make_plan(
 ) -> Plan:
     """A plan of this policy; loads [L, E], for robust [W, L, E]. ids: topk_ids [T, L, K], for nodes."""
     if policy == "even":
-        return even_plan(placements.plan(loads, ranks, max(loads.shape[-1], len(ranks))), loads)
+        return even_plan(rank_model(ranks, max(loads.shape[-1], len(ranks)), *loads.shape, None), loads)
     if policy == "smooth":
         return placements.plan(loads, ranks, slots, smoothing=SMOOTHING)
     if policy == "nodes":
         return placements.plan(loads, ranks, slots, routing=ids, spread=0.02)
     if policy == "warm" and start is not None:
-        # An expert's move may cost what the slowest rank takes for as many tokens; here in parts of the mean rank.
-        cost = loads.sum() / len(loads) / sum(rank.speed for rank in ranks) / HORIZON
-        return placements.plan(loads, ranks, slots, start=start, move_cost=0.01 * cost)
+        layer_time = loads.sum() / len(loads) / sum(rank.speed for rank in ranks)
+        return placements.plan(loads, ranks, slots, start=start, move_cost=MOVE_COST * layer_time)
     return placements.plan(loads, ranks, slots, policy=policy if policy in ("eplb", "robust") else "fast")
 
 
