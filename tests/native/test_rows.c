@@ -475,11 +475,49 @@ static void fuzz_quantize(void) {
     free(values);
 }
 
+static void fuzz_gather(void) {
+    const int64_t count = random_in(0, 6), wanted = random_in(0, 6), width = random_in(0, 70);
+    const int64_t stride = width + random_in(0, 3);
+    const bool has_visit = random_in(0, 1);
+    const int64_t num_visited = has_visit ? random_in(0, 7) : wanted;
+    char *rows = block(count ? (count - 1) * stride + width : 0), *gathered = block(wanted * width);
+    int64_t *index = block(wanted * 8), *visit = block(num_visited * 8);
+    for (int64_t n = 0; n < count; n++) {
+        for (int64_t i = 0; i < width; i++) rows[n * stride + i] = (char)random_in(0, 255);
+    }
+    if (wanted > 0 && width > 0) memset(gathered, 7, (size_t)(wanted * width));
+    for (int64_t n = 0; n < wanted; n++) index[n] = random_in(random_in(0, 99) ? 0 : -1, count - 1);
+    for (int64_t i = 0; i < num_visited; i++) {
+        visit[i] = has_visit ? random_in(0, wanted - (random_in(0, 99) ? 1 : 0)) : i;
+    }
+
+    rows_status expected = ROWS_OK;
+    rows_fault fault;
+    for (int64_t i = 0; i < num_visited && width && expected == ROWS_OK; i++) {
+        if (visit[i] < 0 || visit[i] >= wanted) expected = ROWS_BAD_VISIT;
+        else if (index[visit[i]] < 0 || index[visit[i]] >= count) expected = ROWS_BAD_ORDER;
+    }
+    REQUIRE(rows_gather(width, (rows_input){rows, count, stride}, index, has_visit ? visit : NULL, num_visited,
+                        (rows_output){gathered, wanted, width}, &fault) == expected);
+    for (int64_t n = 0; n < wanted && width && expected == ROWS_OK; n++) {
+        bool visited = false;
+        for (int64_t i = 0; i < num_visited; i++) visited = visited || visit[i] == n;
+        for (int64_t i = 0; i < width; i++) {
+            REQUIRE(gathered[n * width + i] == (visited ? rows[index[n] * stride + i] : 7));
+        }
+    }
+    free(visit);
+    free(index);
+    free(gathered);
+    free(rows);
+}
+
 static void test_random_calls(int64_t calls) {
     for (int64_t i = 0; i < calls; i++) {
         switch (random_in(0, 3)) {
         case 0: fuzz_pack(); break;
         case 1: fuzz_quantize(); break;
+        case 2: fuzz_gather(); break;
         default: fuzz_sum();
         }
     }
