@@ -1,4 +1,4 @@
-"""The bridge: rows between ranks over ZeroMQ and TCP, without torch.distributed or MPI. The one importer of zmq.
+"""The bridge: rows between ranks over ZeroMQ and TCP, without torch.distributed or MPI.
 
 It is for worlds whose nodes do not share a torch or an MPI. Ranks meet at rank 0 (`meet`), which compares protocol and
 versions and hands everybody the table of addresses; then every rank sends to every other through a socket of its own.
@@ -15,15 +15,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import zmq
 
 from ..core.environment import is_loopback
 from ..core.errors import ConfigError, PeerLost, PeerTimeout
+from .messages import open_socket, pack, unpack, zmq
 from .pairwise import PairwiseTransport
 from .quirks import as_bytes
 from .staging import copy_in, host_chunks
 from .transport import Waits, check_peer
-from .wire import pack, unpack
 
 PROTOCOL = 1
 CHUNK_BYTES = 1 << 20
@@ -40,7 +39,7 @@ def meet(
     naming the missing ranks when the deadline passes.
     """
     context = zmq.Context()
-    inbox = _socket(context, zmq.ROUTER)
+    inbox = open_socket(context, zmq.ROUTER)
     host = bind or (address if is_loopback(address) else _interface_towards(address, port))
     try:
         own_port = inbox.bind_to_random_port(f"tcp://{host}")
@@ -81,7 +80,7 @@ class BridgeTransport(PairwiseTransport):
         for peer in range(self.size):
             if peer == rank:
                 continue
-            socket = _socket(context, zmq.DEALER, identity=f"rank {rank}".encode())
+            socket = open_socket(context, zmq.DEALER, identity=f"rank {rank}".encode())
             monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
             self._poller.register(monitor, zmq.POLLIN)
             self._monitors[monitor] = peer
@@ -262,7 +261,7 @@ def _gather_world(
     context: zmq.Context, size: int, address: str, port: int, hello: dict, ends: float, deadline_s: float
 ) -> list[dict]:
     """Rank 0: wait for every rank's hello, compare, and answer all with the table or with what is wrong."""
-    door = _socket(context, zmq.ROUTER)
+    door = open_socket(context, zmq.ROUTER)
     try:
         door.bind(f"tcp://{address}:{port}")
     except zmq.ZMQError as error:
@@ -295,7 +294,7 @@ def _gather_world(
 def _report_to_rank_0(
     context: zmq.Context, rank: int, address: str, port: int, hello: dict, ends: float, deadline_s: float
 ) -> list[dict]:
-    door = _socket(context, zmq.DEALER)
+    door = open_socket(context, zmq.DEALER)
     door.connect(f"tcp://{address}:{port}")
     door.send(pack(hello))
     if not door.poll(max(0.0, ends - time.monotonic()) * 1000):
@@ -320,15 +319,6 @@ def disagreement(hellos: dict[int, dict]) -> str | None:
             if field not in ("rank", "endpoint") and hellos[rank].get(field) != value:
                 return f"rank {rank} disagrees with rank 0 on {field}: {hellos[rank].get(field)!r} against {value!r}"
     return None
-
-
-def _socket(context: zmq.Context, kind: int, identity: bytes | None = None) -> zmq.Socket:
-    socket = context.socket(kind)
-    socket.linger = 1000
-    socket.sndhwm = socket.rcvhwm = 0  # operations bound what is in flight; a silent drop would be worse
-    if identity is not None:
-        socket.identity = identity
-    return socket
 
 
 def _interface_towards(address: str, port: int) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ..core import environment
-from ..core.errors import ConfigError, VendorUnavailable
+from ..core.errors import ConfigError, PeerTimeout, VendorUnavailable
 from . import bridge, mpi
 from .bridge import disagreement
 from .group import join_group, listen, open_store
@@ -51,9 +51,7 @@ def connect(
     if kind == "auto" and one_machine and _can_share_memory(place):
         kind = "shm"
     if (kind == "zeromq" or (kind == "islands" and bridge_kind == "zeromq")) and world.size > 1:
-        if world.master_addr is None or world.master_port is None or world.agent_store:
-            raise ConfigError(f"transport {kind} needs MASTER_ADDR and a free MASTER_PORT: start with moe-launch")
-        joined = bridge.meet(world.rank, world.size, world.master_addr, world.master_port, timeout_s, about or {})
+        joined = bridge.meet(world.rank, world.size, *_meeting_point(world, timeout_s), timeout_s, about or {})
         return joined if kind == "zeromq" else join_islands(joined, place, timeout_s)
     if kind == "islands" and world.size > 1:
         host = world.master_addr or ("127.0.0.1" if one_machine else socket.gethostbyname(socket.gethostname()))
@@ -82,7 +80,7 @@ def connect(
     if world.size == 1:
         return LocalTransport(timeout_s)
     address, port, listener = _endpoint(world)
-    join_group(address, port, listener, world.rank, world.size, timeout_s, "moe_runtime")
+    join_group(address, port, listener, world.rank, world.size, timeout_s, f"moe_runtime_{world.attempt}")
     return _over_group(place, timeout_s, kind)
 
 
@@ -134,7 +132,34 @@ def _staged(host: Transport, place: Place) -> Transport:
 
 def _store(world: environment.WorldEnvironment, timeout_s: float) -> dist.Store:
     address, port, listener = _endpoint(world)
-    return dist.PrefixStore("moe_runtime_shm", open_store(address, port, listener, world.size, timeout_s))
+    store = open_store(address, port, listener, world.size, timeout_s)
+    return dist.PrefixStore(f"moe_runtime_shm_{world.attempt}", store)
+
+
+def _meeting_point(world: environment.WorldEnvironment, timeout_s: float) -> tuple[str, int]:
+    """Where rank 0 is to listen for the bridge: the launcher's address, at a port that nobody else serves."""
+    if not world.agent_store:
+        address, port, listener = _endpoint(world)
+        if listener is not None:  # the bridge binds it anew, at once
+            listener.close()
+        return address, port
+    assert world.master_addr is not None and world.master_port is not None  # read_world has seen to it
+    # A store of the launcher's listens there: rank 0 takes another port and says in the store which.
+    agents = open_store(world.master_addr, world.master_port, None, world.size, timeout_s)
+    store = dist.PrefixStore(f"moe_runtime_bridge_{world.attempt}", agents)
+    try:
+        if world.rank == 0:
+            with listen(world.master_addr, 0) as probe:
+                store.set("port", str(probe.getsockname()[1]))
+        return world.master_addr, int(store.get("port"))
+    except dist.DistStoreError as error:
+        raise PeerTimeout(
+            f"rank {world.rank}, phase rendezvous: rank 0 did not say in the launcher's store at {world.master_addr}:"
+            f"{world.master_port} where it listens, within {timeout_s:g} s",
+            waiting_rank=world.rank,
+            ranks=(0,),
+            phase="rendezvous",
+        ) from error
 
 
 def _endpoint(world: environment.WorldEnvironment) -> tuple[str, int, socket.socket | None]:

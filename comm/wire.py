@@ -1,30 +1,13 @@
-"""The one importer of msgpack: small messages between ranks as bytes, never pickle.
-
-Messages are maps, lists, strings, numbers and None. What arrives is bounded and has no code in it.
-"""
+"""Small messages (messages.py) between all ranks, over any transport."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import msgpack
 import torch
 
+from .messages import MAX_MESSAGE_BYTES, pack, unpack
 from .transport import Transport
-
-MAX_MESSAGE_BYTES = 1 << 30
-
-
-def pack(message: Any) -> bytes:
-    """A message of msgpack types as bytes."""
-    return msgpack.packb(message)
-
-
-def unpack(data: bytes) -> Any:
-    """The message in these bytes. Raises ValueError for anything that is not one, or is too large."""
-    if len(data) > MAX_MESSAGE_BYTES:
-        raise ValueError(f"a message of {len(data)} bytes is larger than the limit of {MAX_MESSAGE_BYTES}")
-    return msgpack.unpackb(data, strict_map_key=False)  # msgpack bounds every part by the length of the whole
 
 
 def first_problem(transport: Transport, mine: str, phase: str) -> str:

@@ -7,6 +7,7 @@ from the environment. Everything else is configuration.
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ class WorldEnvironment:
 
     `launcher` is "alone", "torchrun" (moe-launch included), "mpi" or "slurm". `master_addr` and `master_port` are
     None where the launcher does not say them (mpirun); the ranks then agree on them through that launcher's own
-    channel.
+    channel. Under srun they are MASTER_ADDR and MASTER_PORT, or else the step's first node and a port from its number.
     """
 
     launcher: str
@@ -32,6 +33,7 @@ class WorldEnvironment:
     master_addr: str | None = None
     master_port: int | None = None
     agent_store: bool = False  # the launcher already serves a TCPStore at master_addr:master_port
+    attempt: int = 0  # how often the launcher has restarted the job's ranks
 
 
 # Variables that mpirun, mpiexec.hydra and srun set: (launcher, rank, size, local rank, local size).
@@ -83,25 +85,49 @@ def read_world(env: Mapping[str, str] | None = None) -> WorldEnvironment:
             address,
             port,
             agent_store=env.get("TORCHELASTIC_USE_AGENT_STORE", "False") == "True",
+            attempt=_integer(env, "TORCHELASTIC_RESTART_COUNT", 0),
         )
     for launcher, rank_name, size_name, local_rank_name, local_size_name in _OTHER_LAUNCHERS:
         if rank_name in env and size_name in env and _integer(env, size_name) > 1:
             rank, size = _integer(env, rank_name), _integer(env, size_name)
-            if launcher == "slurm" and (not address or port < 0):
-                raise ConfigError(
-                    "under srun, MASTER_ADDR and MASTER_PORT must say where rank 0 listens "
-                    "(for instance: export MASTER_ADDR=$(hostname -I | cut -d' ' -f1) MASTER_PORT=29500)"
-                )
+            local_size = _integer(env, local_size_name, 1) if launcher != "slurm" else _slurm_local_size(env)
+            if launcher == "slurm":
+                address = address or ("127.0.0.1" if local_size == size else _slurm_first_host(env))
+                port = port if port >= 0 else _slurm_port(env)
             return WorldEnvironment(
                 launcher,
                 rank,
                 size,
                 _integer(env, local_rank_name, 0),
-                _integer(env, local_size_name, 1),
+                local_size,
                 address,
                 port if port >= 0 else None,
             )
     return WorldEnvironment("alone", 0, 1, 0, 1)
+
+
+def _slurm_local_size(env: Mapping[str, str]) -> int:
+    """How many tasks of the step run on this node. Source: srun's manual, SLURM_STEP_TASKS_PER_NODE: "2(x3),1"."""
+    counts: list[int] = []
+    text = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE", "")
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        counts += [int(count)] * int(times or 1)
+    node = _integer(env, "SLURM_NODEID", 0)
+    return counts[node] if node < len(counts) else _integer(env, "SLURM_NTASKS_PER_NODE", 1)
+
+
+def _slurm_first_host(env: Mapping[str, str]) -> str:
+    """The node of task 0: the first of the step's list, such as "n[3-5,9],login". Source: srun's manual."""
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
+    first = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^\[,]*))?", nodes)
+    if not first:
+        raise ConfigError("srun said no SLURM_STEP_NODELIST; export MASTER_ADDR and MASTER_PORT, where rank 0 listens")
+    return "".join(part or "" for part in first.groups())
+
+
+def _slurm_port(env: Mapping[str, str]) -> int:
+    """A port that all ranks of a step derive alike, and steps that run at one time differently, as far as it goes."""
+    return 20000 + (_integer(env, "SLURM_JOB_ID", 0) * 16 + _integer(env, "SLURM_STEP_ID", 0)) % 10000
 
 
 def rank_environment(
