@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..core.environment import is_loopback
+from ..core.environment import address_towards, is_loopback
 from ..core.errors import ConfigError, PeerLost, PeerTimeout
 from .messages import open_socket, pack, unpack, zmq
 from .pairwise import PairwiseTransport
@@ -40,7 +40,7 @@ def meet(
     """
     context = zmq.Context()
     inbox = open_socket(context, zmq.ROUTER)
-    host = bind or (address if is_loopback(address) else _interface_towards(address, port))
+    host = bind or (address if is_loopback(address) else address_towards(address, port))
     try:
         own_port = inbox.bind_to_random_port(f"tcp://{host}")
         hello = {"protocol": PROTOCOL, "rank": rank, "size": size, "endpoint": f"tcp://{host}:{own_port}", **about}
@@ -319,12 +319,3 @@ def disagreement(hellos: dict[int, dict]) -> str | None:
             if field not in ("rank", "endpoint") and hellos[rank].get(field) != value:
                 return f"rank {rank} disagrees with rank 0 on {field}: {hellos[rank].get(field)!r} against {value!r}"
     return None
-
-
-def _interface_towards(address: str, port: int) -> str:
-    """The address of the interface that this machine would use to reach another; nothing is sent."""
-    import socket
-
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((address, port))
-        return probe.getsockname()[0]

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 from ..core.cluster import Cluster, Node, load_cluster
 from ..core.environment import is_loopback, rank_environment
 from ..core.errors import ConfigError
+from . import records
 from .local import Rank, run_ranks
 from .machine import available_cores, free_port
 from .toml import read_toml
@@ -58,6 +59,13 @@ No device and no weights are needed: what a rank holds, what limits it, and how 
   moe-launch simulate --trace monday.npz tuesday.npz --cluster configs/mixed-24.toml --policy fast smooth robust
   moe-launch simulate --trace load.npz --ranks 1024 --policy fast warm --windows 20 --json > report.json
 Traces come from runtime.record, generate --record, or SGLang's expert recorder. Everything it says is predicted.""",
+    "status": """examples:
+  moe-launch status
+  moe-launch status generate-20261124-120000-1f2e --json
+The exit code is 3 where the job is not running.""",
+    "stop": """examples:
+  moe-launch stop generate-20261124-120000-1f2e
+Works on every host that has a part in the job; ranks get SIGTERM, and SIGKILL after the job's --shutdown-timeout.""",
     "check": """examples:
   moe-launch check
   moe-launch check --vendor ascend --json > report.json
@@ -119,7 +127,8 @@ def _run(options: argparse.Namespace) -> int:
         raise ConfigError(f"{options.script}: no such script (for a module: -m MODULE, for a program: --no-python)")
     kind = ["-m"] if options.module else ["--no-python"] if options.no_python else []
     arguments = ["--" if word == _DASHES else word for word in options.arguments]
-    return _launch(options, Path(options.script).stem, [*kind, options.script, *arguments], options.json)
+    target = [*kind, options.script, *arguments]
+    return _launch(options, Path(options.script).stem, target, options.json, [] if kind else [options.script])
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -133,7 +142,7 @@ def _train(options: argparse.Namespace) -> int:
     def predict(cluster: Cluster) -> Any:
         return _planning_job().of_train(options.config, options.job_arguments, cluster)
 
-    return _launch(options, "train", target, clean_stdout=False, predict=predict)
+    return _launch(options, "train", target, clean_stdout=False, files=[options.config], predict=predict)
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -143,7 +152,9 @@ def _generate(options: argparse.Namespace) -> int:
     def predict(cluster: Cluster) -> Any:
         return _planning_job().of_generate(options.job_arguments, cluster)
 
-    return _launch(options, "generate", target, clean_stdout=True, predict=predict)
+    words = options.job_arguments
+    model = [words[n + 1] for n, word in enumerate(words[:-1]) if word == "--model"]
+    return _launch(options, "generate", target, clean_stdout=True, files=model, predict=predict)
 
 
 def _planning_job() -> Any:
@@ -161,6 +172,12 @@ def _check(options: argparse.Namespace) -> int:
     return command.check(options, launch)
 
 
+def _jobs_here(options: argparse.Namespace) -> int:
+    from . import jobs_here
+
+    return jobs_here.status(options) if options.name == "status" else jobs_here.stop(options)
+
+
 def _job_arguments(options: argparse.Namespace) -> list[str]:
     return [*options.job_arguments, *(["--cluster", options.cluster] if options.cluster else [])]
 
@@ -170,30 +187,28 @@ def _launch(
     job: str,
     target: list[str],
     clean_stdout: bool,
+    files: Sequence[str] = (),
     predict: Callable[[Cluster], Any] | None = None,
 ) -> int:
     """Start `target` (the worker's arguments) on every rank, or show what would be started.
 
-    predict: for jobs whose model is known, what the ranks would hold (planning.plan.Planned), for --dry-run.
+    files: what every node must have. predict: for jobs whose model is known, what the ranks would hold
+    (planning.plan.Planned), for --dry-run.
     """
-    cluster = _local_cluster(options)
     job = options.rdzv_id or re.sub(r"[^\w.-]", "_", job)
+    options.engine = options.engine or ("local" if options.nnodes in (None, "1", "1:1") else "torchrun")
+    if options.max_restarts != 0:
+        raise ConfigError(f"--max-restarts {options.max_restarts}: restarts are not there yet; use --max-restarts 0")
+    if options.engine != "local":
+        return _launch_nodes(options, job, target, clean_stdout, files, predict)
+    cluster = _local_cluster(options)
     ranks = _plan_ranks(options, cluster, job, target)
     if options.dry_run:
-        held, said = [""] * len(ranks), ""
-        try:
-            if predict:
-                planned = predict(cluster)
-                held, said = _planning_job().rank_lines(planned), _planning_job().summary(planned)
-        except USER_ERRORS as error:  # the model may lie on other machines only; the commands are shown all the same
-            said = f"what ranks would hold is not known: {one_line(error)}"
-        if said:
-            print(said)
-        for rank, (node, device), holds in zip(ranks, _devices(cluster), held, strict=True):
-            print(f"{rank.label}  node {node.name}  host {node.host}  device {node.vendor}:{device}")
-            if holds:
-                print(f"  {holds}")
-            print("  " + shlex.join(["env", *(f"{key}={value}" for key, value in rank.env.items()), *rank.argv]))
+        _show_ranks(
+            cluster,
+            predict,
+            [shlex.join(["env", *(f"{key}={value}" for key, value in rank.env.items()), *rank.argv]) for rank in ranks],
+        )
         return 0
     log_dir = Path(options.log_dir or f"runs/{job}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     try:
@@ -201,19 +216,63 @@ def _launch(
     except OSError as error:
         raise ConfigError(f"--log-dir {log_dir}: cannot make this folder ({error.strerror})") from None
     print(f"moe-launch: {len(ranks)} rank{'s'[: len(ranks) != 1]}, logs in {log_dir}", file=sys.stderr)
-    return run_ranks(ranks, log_dir, shutdown_timeout=options.shutdown_timeout, clean_stdout=clean_stdout)
+    record = records.write(log_dir.name, engine="local", log_dir=str(log_dir.absolute()))
+    code = run_ranks(ranks, log_dir, shutdown_timeout=options.shutdown_timeout, clean_stdout=clean_stdout)
+    records.end(record, code)
+    return code
+
+
+def _launch_nodes(
+    options: argparse.Namespace,
+    job: str,
+    target: list[str],
+    clean_stdout: bool,
+    files: Sequence[str],
+    predict: Callable[[Cluster], Any] | None,
+) -> int:
+    """Start a job over several hosts, or this host's part of it."""
+    from . import multinode  # zmq and msgpack, which one machine does not need
+
+    if options.engine not in multinode.ENGINES:
+        engines = ", ".join(("local", *multinode.ENGINES))
+        raise ConfigError(f"--engine {options.engine}: not one of {engines}")
+    needed = [*files, *([options.cluster] if options.cluster else [])]
+    made = multinode.make_job(options, job, target, needed, clean_stdout)
+    if not options.dry_run:
+        return multinode.launch(options, made)
+    _show_ranks(multinode.cluster_of(options), predict)
+    for line in multinode.commands(options, made):
+        print(line)
+    return 0
+
+
+def _show_ranks(cluster: Cluster, predict: Callable[[Cluster], Any] | None, commands: Sequence[str] = ()) -> None:
+    """--dry-run: where each rank would be, what it would hold where the model is known, and its command."""
+    held, said = [""] * cluster.num_ranks, ""
+    try:
+        if predict:
+            planned = predict(cluster)
+            held, said = _planning_job().rank_lines(planned), _planning_job().summary(planned)
+    except USER_ERRORS as error:  # the model may lie on other machines only; the commands are shown all the same
+        said = f"what ranks would hold is not known: {one_line(error)}"
+    if said:
+        print(said)
+    for rank, ((node, device), holds) in enumerate(zip(_devices(cluster), held, strict=True)):
+        emulated = f" (emulated {node.emulate})" if node.emulate else ""
+        print(f"rank {rank}  node {node.name}  host {node.host}  device {node.vendor}:{device}{emulated}")
+        for line in (holds, *commands[rank : rank + 1]):
+            if line:
+                print(f"  {line}")
 
 
 def _local_cluster(options: argparse.Namespace) -> Cluster:
     """The cluster to run on, refused where it is more than the local engine can do."""
-    if options.engine != "local":
-        raise ConfigError(f"--engine {options.engine}: only the local engine is there for now; leave --engine out")
-    if options.nnodes not in ("1", "1:1"):
-        raise ConfigError(f"--nnodes {options.nnodes}: the local engine runs one machine; use --nnodes 1")
-    if options.node_rank != 0:
+    if options.nnodes not in (None, "1", "1:1"):
+        raise ConfigError(f"--nnodes {options.nnodes}: the local engine runs one machine; use --engine torchrun")
+    if options.node_rank:
         raise ConfigError(f"--node-rank {options.node_rank}: the local engine runs one machine, whose node rank is 0")
-    if options.max_restarts != 0:
-        raise ConfigError(f"--max-restarts {options.max_restarts}: restarts are not there yet; use --max-restarts 0")
+    if options.engine_args:
+        raise ConfigError("--engine-args: the local engine takes none")
     wanted = options.nproc_per_node
     if not options.cluster:
         return Cluster((Node("local", devices=wanted or 1),))
@@ -222,8 +281,8 @@ def _local_cluster(options: argparse.Namespace) -> Cluster:
     for node in cluster.nodes:
         if node.host not in here and not is_loopback(node.host):
             raise ConfigError(
-                f"{options.cluster}: node {node.name} is on host {node.host}; the local engine runs one machine, "
-                "use a cluster file whose hosts are all localhost"
+                f"{options.cluster}: node {node.name} is on host {node.host}; the local engine runs one machine: "
+                "give --engine ssh (or torchrun or slurm), or a cluster file whose hosts are all localhost"
             )
     if wanted not in (None, cluster.num_ranks):
         raise ConfigError(
@@ -311,6 +370,14 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(command=module.run)
         module.add_options(_BothSpellings(added))
 
+    for name, what in (("status", "Show a job, or the jobs of this host."), ("stop", "End a job on all its nodes.")):
+        added = commands.add_parser(name, help=what, description=what, epilog=_EXAMPLES[name])
+        added.set_defaults(command=_jobs_here, name=name)
+        nargs = "?" if name == "status" else None
+        added.add_argument("job", metavar="JOB", nargs=nargs, help="as the launcher printed it")
+        added.add_argument("--json", action="store_true", help="one JSON object on stdout")
+        added.add_argument("--timeout", type=_seconds, default=60.0, metavar="SECONDS", help="of the wait for its end")
+
     commands.add_parser("bench", help="Measure on this machine; see moe-launch bench --help.")
     return parser
 
@@ -324,12 +391,21 @@ def _add_launch_options(group: Any) -> None:
     at_least_1, count = _whole_number(1), _whole_number(0)
     of_cluster = "number of ranks (default: the cluster file's, else 1)"
     _add(group, "--nproc-per-node", type=at_least_1, metavar="N", help=of_cluster)
-    _add(group, "--nnodes", default="1", metavar="N", help="number of machines (only 1 for now)")
-    _add(group, "--node-rank", type=count, default=0, metavar="N", help="this machine's number (only 0 for now)")
+    _add(group, "--nnodes", metavar="N", help="number of hosts (default: the cluster file's, Slurm's, else 1)")
+    of_host = "this host's number, for torchrun (default: found in the cluster file)"
+    _add(group, "--node-rank", type=count, metavar="N", help=of_host)
     _add(group, "--cluster", metavar="FILE", help="cluster file: the nodes, their devices and speeds")
-    _add(group, "--engine", default="local", metavar="NAME", help="what starts the ranks (only local for now)")
-    _add(group, "--master-addr", metavar="HOST", help="where rank 0 listens (default: 127.0.0.1)")
-    _add(group, "--master-port", type=_whole_number(1, 65535), metavar="PORT", help="its port (default: a free one)")
+    lines = "the same as --cluster, for lines such as `host slots=8 type=ascend`"
+    group.add_argument("-H", "--hostfile", dest="cluster", metavar="FILE", default=argparse.SUPPRESS, help=lines)
+    engines = "local (one host), torchrun (call it on every host), ssh or slurm (call it once)"
+    _add(group, "--engine", metavar="NAME", help=engines)
+    passed = "the engine's own options, such as --engine-args='--partition=gpu' (repeatable)"
+    _add(group, "--engine-args", action="append", metavar="WORDS", help=passed)
+    _add(group, "--master-addr", metavar="HOST", help="where node 0 listens (default: its host; one host: 127.0.0.1)")
+    of_port = "its port (default: 29500; one host: a free one)"
+    _add(group, "--master-port", type=_whole_number(1, 65535), metavar="PORT", help=of_port)
+    wait = "for all nodes to come (default: 120)"
+    _add(group, "--start-timeout", type=_seconds, default=120.0, metavar="SECONDS", help=wait)
     _add(group, "--rdzv-endpoint", type=_endpoint, metavar="HOST:PORT", help="both in one")
     _add(group, "--rdzv-id", metavar="NAME", help="name of the job (default: from SCRIPT or the command)")
     _add(group, "--log-dir", metavar="DIR", help="for rank_N.log (default: runs/<job>-<time>-<pid>)")

@@ -22,8 +22,7 @@ from typing import IO
 
 from ..core.environment import inherited, with_launcher_pid
 from ..core.errors import ConfigError
-from .output import LineCutter, Sink, last_traceback
-from .worker import USER_ERROR_CODE
+from .output import LineCutter, Sink, failure_text
 
 _DRAIN_SECONDS = 2.0  # for output still in the pipes after everyone was killed
 
@@ -49,26 +48,26 @@ def run_ranks(
     events: queue.SimpleQueue[_Running | int] = queue.SimpleQueue()  # a rank that ended, or a signal's number
     console = [Sink(descriptor, lambda error: events.put(signal.SIGPIPE)) for descriptor in (1, 2)]
     running: list[_Running] = []
-    with _signals_to(events), _guard() as watch:
+    with signals_to(events), _guard() as watch:
         try:
             for number, rank in enumerate(ranks):
                 running.append(_Running(rank, log_dir, events, console, clean_stdout, exact=number == 0))
                 watch(running[-1].process.pid)
             ending = _wait_for_ending(len(ranks), events)
             if isinstance(ending, int):
-                _say(f"got {_signal_name(ending)}; stopping the ranks (at most {shutdown_timeout:g} s)")
+                say(f"got {signal_name(ending)}; stopping the ranks (at most {shutdown_timeout:g} s)")
         finally:
             killed = _stop(running, events, shutdown_timeout)
     for ended in running:  # reaped only now, with no group left to signal: see _Running._wait
         with suppress(subprocess.TimeoutExpired):
             ended.process.wait(_DRAIN_SECONDS)
     if killed:
-        _say(f"{', '.join(killed)} did not stop and got SIGKILL")
+        say(f"{', '.join(killed)} did not stop and got SIGKILL")
     if isinstance(ending, int):
         return 128 + ending
     if ending is None:
         return 0
-    _say(ending.summary())
+    say(ending.summary())
     return ending.code
 
 
@@ -97,7 +96,7 @@ class _Running:
             )
         except OSError as error:
             raise ConfigError(f"cannot start {rank.label}: {error}") from None
-        log = Sink(log_file.fileno(), lambda error: _say(f"{self.log_path}: {error}; the log stops here"))
+        log = Sink(log_file.fileno(), lambda error: say(f"{self.log_path}: {error}; the log stops here"))
         stdout = console[1] if clean and not exact else console[0]
         self.threads = [
             threading.Thread(target=self._wait, args=(events, log_file), daemon=True),
@@ -118,7 +117,7 @@ class _Running:
         if result.si_code == os.CLD_EXITED:
             self.ending, self.code = f"exit code {result.si_status}", result.si_status
         else:
-            self.ending, self.code = f"killed by {_signal_name(result.si_status)}", 128 + result.si_status
+            self.ending, self.code = f"killed by {signal_name(result.si_status)}", 128 + result.si_status
         events.put(self)
         for thread in self.threads[1:]:
             thread.join()
@@ -145,15 +144,7 @@ class _Running:
         log.write(f"{line}\n".encode())
 
     def summary(self) -> str:
-        tail = list(self.stderr_tail)
-        if self.code == USER_ERROR_CODE:  # the mistake is the user's: its one line says it all
-            told = [line for line in tail if "error: " in line] or tail or ["no message"]
-            return f"{self.label} ended with {self.ending}: {told[-1]} (log: {self.log_path})"
-        hint = "; was the machine out of memory?" if self.ending.endswith("SIGKILL") else ""
-        found = last_traceback(tail)
-        heading = "its last traceback:" if found else "its last lines on stderr:" if tail else "it wrote no stderr"
-        head = f"{self.label} failed first: {self.ending}{hint} (log: {self.log_path})"
-        return "\n".join([head, heading, *(found or tail[-10:])])
+        return failure_text(self.label, self.ending, self.code, list(self.stderr_tail), self.log_path)
 
 
 def _wait_for_ending(num_ranks: int, events: queue.SimpleQueue[_Running | int]) -> _Running | int | None:
@@ -192,7 +183,7 @@ def _signal_groups(running: list[_Running], number: int) -> None:
 
 
 @contextmanager
-def _signals_to(events: queue.SimpleQueue) -> Iterator[None]:
+def signals_to(events: queue.SimpleQueue) -> Iterator[None]:
     """Turn signals to the launcher into events; SimpleQueue.put is safe inside a handler."""
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup stays in force
@@ -243,10 +234,12 @@ def _guard() -> Iterator[Callable[[int], None]]:
         told.close()
 
 
-def _signal_name(number: int) -> str:
+def signal_name(number: int) -> str:
+    """SIGTERM for 15."""
     return {entry.value: entry.name for entry in signal.Signals}.get(number, f"signal {number}")
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """One line of the launcher's own, on stderr."""
     with suppress(OSError):  # stderr may be the very pipe that nobody reads any more
         print(f"moe-launch: {text}", file=sys.stderr, flush=True)

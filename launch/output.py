@@ -9,6 +9,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from .worker import USER_ERROR_CODE
+
 
 class Sink:
     """A descriptor that several threads write to, one whole line a call.
@@ -70,6 +72,17 @@ class LineCutter:
 
     def _text(self, line: bytes) -> str:
         return self._CURSOR.sub("", line.decode("utf-8", errors="replace"))
+
+
+def failure_text(label: str, ending: str, code: int, stderr_tail: Sequence[str], log: object) -> str:
+    """What to tell of a rank that failed: a user's mistake in one line, anything else with its last traceback."""
+    if code == USER_ERROR_CODE:
+        told = [line for line in stderr_tail if "error: " in line] or stderr_tail or ["no message"]
+        return f"{label} ended with {ending}: {told[-1]} (log: {log})"
+    hint = "; was the machine out of memory?" if ending.endswith("SIGKILL") else ""
+    found = last_traceback(stderr_tail)
+    heading = "its last traceback:" if found else "its last lines on stderr:" if stderr_tail else "it wrote no stderr"
+    return "\n".join([f"{label} failed first: {ending}{hint} (log: {log})", heading, *(found or stderr_tail[-10:])])
 
 
 def last_traceback(lines: Sequence[str]) -> list[str]:

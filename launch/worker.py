@@ -14,7 +14,7 @@ import signal
 import sys
 from types import TracebackType
 
-from ..core.environment import take_launcher_pid
+from ..core.environment import take_launcher_pid, take_output
 from ..core.errors import CheckpointError, ConfigError, VendorUnavailable
 
 USER_ERRORS = (ConfigError, CheckpointError, VendorUnavailable)
@@ -28,7 +28,8 @@ def one_line(error: Exception) -> str:
 
 
 def main() -> int:
-    _die_with_launcher()
+    die_with_launcher()
+    _write_to(take_output())
     faulthandler.enable()
     sys.excepthook = _show_without_shim
     try:
@@ -63,7 +64,7 @@ def _set_search_path(folder: str) -> None:
         sys.path[0] = folder
 
 
-def _die_with_launcher() -> None:
+def die_with_launcher() -> None:
     """Let the kernel kill this process when the launcher dies, however the launcher dies.
 
     SIGKILL and not SIGTERM: once the launcher is gone nobody would follow up on a rank that ignores SIGTERM or hangs
@@ -76,6 +77,14 @@ def _die_with_launcher() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != launcher:  # it died before the call above: no signal will come
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _write_to(pipes: tuple[str, str] | None) -> None:
+    """Use a node's agent's pipes as stdout and stderr, where it named some."""
+    for descriptor, path in enumerate(pipes or (), start=1):
+        pipe = os.open(path, os.O_WRONLY)
+        os.dup2(pipe, descriptor)
+        os.close(pipe)
 
 
 def _show_without_shim(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:

@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -34,8 +35,9 @@ class Node:
     not measured. `python` and `env` are the interpreter and extra variables of the node's ranks. `emulate` names a
     vendor whose device and limits a CPU node emulates; `emulate_speed` (above 0, at most 1) slows its experts down to
     that part of what they can do, so that unequal nodes can be tried on equal ones. `island` divides nodes of one
-    vendor whose libraries do not reach each other: those with the same word do. Raises ConfigError on a value that
-    cannot be used.
+    vendor whose libraries do not reach each other: those with the same word do. `interface` is the network interface
+    for traffic between nodes (None: the one that leads to the first node), `visible_devices` which devices the ranks
+    may see, as the vendor's own variable says it ("0,1"). Raises ConfigError on a value that cannot be used.
     """
 
     name: str
@@ -49,6 +51,8 @@ class Node:
     emulate: str | None = None
     emulate_speed: float | None = None
     island: str | None = None
+    interface: str | None = None
+    visible_devices: str | None = None
 
     def __post_init__(self) -> None:
         _check_values(self, _NODE_KEYS)
@@ -121,21 +125,63 @@ class Cluster:
 
 
 def load_cluster(path: str | Path) -> Cluster:
-    """Read a cluster file. Raises ConfigError, in one line that names file and place, when it cannot be used."""
+    """Read a cluster file, or a hostfile with lines such as `host slots=8 type=ascend`, as DeepSpeed and MPI use them.
+
+    Nodes of one island come one after the other, islands and the nodes within them in the file's order. Raises
+    ConfigError, in one line that names file and place, when the file cannot be used.
+    """
     try:
-        with open(path, "rb") as file:
-            tables = tomllib.load(file)
+        text = Path(path).read_bytes().decode()
+        if _HOST_LINE.search(text):
+            cluster = _read_hostfile(text, path)
+            return Cluster(_by_island(cluster.nodes))
+        tables = tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the cluster file ({error.strerror}); check the path") from None
-    except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     _refuse_unknown(tables, ("node", "link"), str(path))
     nodes = _read_tables(tables, "node", Node, _NODE_KEYS, ("name",), path)
     links = _read_tables(tables, "link", Link, _LINK_KEYS, tuple(_LINK_KEYS), path)
     try:
-        return Cluster(nodes, links)
+        return Cluster(_by_island(nodes), links)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+# A line that only a hostfile has: in TOML a key is followed by its sign.
+_HOST_LINE = re.compile(r"^[^\s#=\[]+[ \t]+(slots|type)=", re.MULTILINE)
+_HOST = re.compile(r"(\S+)((?:\s+\w+=\S+)*)")
+
+
+def _read_hostfile(text: str, path: str | Path) -> Cluster:
+    """Nodes of a hostfile. The form is DeepSpeed's and Open MPI's, `type=` is FlagScale's name for the vendor."""
+    nodes = []
+    for number, line in enumerate(text.splitlines(), 1):
+        line = line.partition("#")[0].strip()
+        if not line:
+            continue
+        form = _HOST.fullmatch(line)
+        words = dict(word.split("=", 1) for word in form[2].split()) if form else {}
+        if not form or not words.keys() <= {"slots", "type"} or not words.get("slots", "1").isdecimal():
+            raise ConfigError(f'{path}: line {number}: "{line}" is not `host slots=N type=vendor`')
+        try:
+            nodes.append(Node(form[1], form[1], words.get("type", "auto"), int(words.get("slots", "1"))))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: line {number}: {error}") from None
+    try:
+        return Cluster(tuple(nodes))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}; list a host once") from None
+
+
+def _by_island(nodes: tuple[Node, ...]) -> tuple[Node, ...]:
+    """Nodes that may share a collective library side by side: neighbours in rank order then seldom need a bridge."""
+    kinds = [(node.emulate or node.vendor, node.island) for node in nodes]
+    first = {kind: number for number, kind in reversed(list(enumerate(kinds)))}
+    return tuple(nodes[n] for n in sorted(range(len(nodes)), key=lambda n: (first[kinds[n]], n)))
 
 
 def _read_tables(
@@ -197,7 +243,9 @@ def _is_text_table(value: object) -> bool:
 # key: (what it must be, the test, how the value is kept). These are the keys a file may use, in the file's words.
 _TEXT = ("a non-empty string", _is_text, str)
 _POSITIVE = ("a number above 0", lambda value: _is_number(value) and value > 0, float)
-_OPTIONAL = ("memory_gib", "speed", "python", "emulate", "emulate_speed", "island")
+_OPTIONAL = (
+    "memory_gib", "speed", "python", "emulate", "emulate_speed", "island", "interface", "visible_devices",
+)  # fmt: skip
 _NODE_KEYS: _Keys = {
     "name": _TEXT,
     "host": _TEXT,
@@ -210,6 +258,8 @@ _NODE_KEYS: _Keys = {
     "emulate": _TEXT,
     "emulate_speed": ("a number above 0 and at most 1", lambda value: _is_number(value) and 0 < value <= 1, float),
     "island": _TEXT,
+    "interface": _TEXT,
+    "visible_devices": _TEXT,
 }
 _LINK_KEYS: _Keys = {
     "between": ("a pair of different node names", _is_pair, tuple),

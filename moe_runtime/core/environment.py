@@ -45,6 +45,8 @@ _OTHER_LAUNCHERS = (
 )
 
 _LAUNCHER_PID = "MOE_RUNTIME_LAUNCHER_PID"
+OUTPUT = "MOE_RUNTIME_OUTPUT"  # a folder with the pipes that a node's ranks write to
+ENGINE_JOB = "MOE_RUNTIME_JOB"  # a job, for agents that an engine starts without a stdin of their own
 
 
 def _integer(env: Mapping[str, str], name: str, default: int | None = None) -> int:
@@ -175,6 +177,54 @@ def take_launcher_pid() -> int | None:
     """The process id of the launcher that started this process, or None; taken out, so that no grandchild sees it."""
     text = os.environ.pop(_LAUNCHER_PID, "")
     return int(text) if text.isdigit() else None
+
+
+def announce_launcher(pid: int) -> None:
+    """Make `pid` the launcher of the processes that this one will start."""
+    os.environ[_LAUNCHER_PID] = str(pid)
+
+
+def take_output() -> tuple[str, str] | None:
+    """The pipes for this rank's stdout and stderr, or None; taken out, so that no grandchild takes them for its own."""
+    folder = os.environ.pop(OUTPUT, "")
+    local_rank = os.environ.get("LOCAL_RANK", "")
+    return (f"{folder}/{local_rank}.out", f"{folder}/{local_rank}.err") if folder and local_rank.isdigit() else None
+
+
+def unless_set(variables: Mapping[str, str]) -> dict[str, str]:
+    """Those of `variables` that this process's environment does not set."""
+    return {name: value for name, value in variables.items() if name not in os.environ}
+
+
+def job_of_engine() -> tuple[str, int, str]:
+    """The job that an engine passes in the environment, which task of it this is, and its host (Slurm's)."""
+    text = os.environ.pop(ENGINE_JOB, "")
+    if not text or "SLURM_NODEID" not in os.environ:
+        raise ConfigError("no job and node in the environment; an agent is started by an engine of moe-launch")
+    return text, _integer(os.environ, "SLURM_PROCID"), os.environ.get("SLURMD_NODENAME", "")
+
+
+def job_secret() -> str | None:
+    """What the user set for control messages between nodes (MOE_RUNTIME_JOB_SECRET), or None."""
+    return os.environ.get("MOE_RUNTIME_JOB_SECRET") or None
+
+
+def slurm_allocation(env: Mapping[str, str] | None = None) -> tuple[str, int, int] | None:
+    """Inside an allocation of Slurm: its first node, a port for it, and its number of nodes; else None."""
+    env = os.environ if env is None else env
+    if "SLURM_JOB_ID" not in env or "SLURM_JOB_NODELIST" not in env:
+        return None
+    return _slurm_first_host(env), _slurm_port(env), _integer(env, "SLURM_JOB_NUM_NODES", 1)
+
+
+def address_towards(address: str, port: int) -> str:
+    """The address of the interface that this machine would use to reach another; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((address, port))
+        except OSError as error:
+            raise ConfigError(f"no way to {address} from this host ({error}); check the address") from None
+        return probe.getsockname()[0]
 
 
 def keep_gloo_on_loopback() -> None:

@@ -1,0 +1,243 @@
+"""How the agents of a job's nodes agree: who is here, whether all fit together, when to start, and why to stop.
+
+`Controller` decides and touches no socket: messages in, messages out, the time as an argument. It lives beside node 0;
+`serve` gives it a socket there and `Link` is an agent's or a client's end. Every agent sends one short message a
+`BEAT_S` and gets one back, so traffic grows with the number of nodes and not with its square. A message carries an
+HMAC (SHA-256) by the job's secret; one without it is dropped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..comm.messages import open_socket, pack, unpack, zmq
+from ..core.errors import ConfigError
+
+PROTOCOL = 1
+BEAT_S = 0.5
+SILENCE_S = 15.0  # without a message for so long, the other side is taken for lost
+FIRST_FAILURE_S = 1.0  # ranks that lost a peer often fail before the news of the peer itself is here
+
+Message = dict[str, Any]
+Out = list[tuple[bytes, Message]]
+
+
+@dataclass
+class _Node:
+    name: str
+    sender: bytes = b""
+    start_mark: str = ""  # of the agent that speaks for this node: two agents with one number are a mistake
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    heard: float = 0.0
+    ranks: Mapping[str, str] = field(default_factory=dict)
+    ended: bool = False
+    gone: bool = False
+
+
+class Controller:
+    """One job's membership and life. names[i]: the node that number i stands for.
+
+    check(facts of all nodes) returns what does not fit together, one line for each; with any line nothing starts.
+    """
+
+    def __init__(
+        self,
+        names: list[str],
+        check: Callable[[list[Mapping[str, Any]]], list[str]],
+        start: Callable[[], Message],
+        wait_s: float,
+        shutdown_s: float,
+        now: float,
+    ) -> None:
+        self._nodes = [_Node(name) for name in names]
+        self._check, self._start = check, start
+        self._wait_s, self._shutdown_s = wait_s, shutdown_s
+        self._began = now
+        self.state = "gathering"
+        self.code, self.why = 0, ""
+        self._failures: list[tuple[bool, int, str]] = []
+        self._since = now  # of the present state, or of the first failure
+
+    def receive(self, sender: bytes, message: Message, now: float) -> Out:
+        """Answer one message."""
+        kind = message.get("kind")
+        if kind == "status":
+            return [(sender, self.status(now))]
+        if kind == "stop":
+            self._stop(int(message.get("code", 143)), str(message.get("why", "asked to stop")), now)
+            return [(sender, {"kind": "stopping"}), *self._to_all()]
+        number = message.get("node")
+        if kind not in ("hello", "beat", "gone") or not isinstance(number, int):
+            return [(sender, {"kind": "refuse", "code": 2, "why": f"a message that is not understood: {kind!r}"})]
+        if not 0 <= number < len(self._nodes):
+            why = f"node rank {number} is not in 0..{len(self._nodes) - 1}: --nnodes and --node-rank do not fit"
+            return [(sender, {"kind": "refuse", "code": 2, "why": why})]
+        node = self._nodes[number]
+        if node.start_mark and message.get("mark") != node.start_mark:
+            other = node.facts.get("host", "?")
+            why = (
+                f"two nodes have node rank {number} ({node.name}): {other} and {message.get('host', '?')}; "
+                "give each its own --node-rank"
+            )
+            self._stop(2, why, now)
+            return [(sender, {"kind": "refuse", "code": 2, "why": why}), *self._to_all()]
+        node.sender, node.heard = sender, now
+        if kind == "hello" and self.state == "gathering":
+            node.start_mark, node.facts = str(message.get("mark")), message.get("facts", {})
+            return self._gathered(now) if all(n.start_mark for n in self._nodes) else [(sender, self._order())]
+        if kind == "gone":
+            node.gone = True
+        if kind == "beat":
+            node.ranks = message.get("ranks", {})
+            node.ended = node.ended or message.get("code") is not None
+            if message.get("code") and self.state == "running":
+                if not self._failures:
+                    self._since = now
+                failure = (bool(message.get("blames_peer")), int(message["code"]), str(message.get("why", "")))
+                if failure not in self._failures:
+                    self._failures.append(failure)
+        return [(sender, self._order()), *self.tick(now)]
+
+    def tick(self, now: float) -> Out:
+        """What has to be said because time has passed."""
+        if self.state == "gathering" and now - self._began > self._wait_s:
+            missing = [node.name for node in self._nodes if not node.start_mark]
+            here = [node.name for node in self._nodes if node.start_mark]
+            self._stop(
+                2,
+                f"waited {self._wait_s:g} s for {', '.join(missing)}; here: {', '.join(here)}. Is it up, was the job "
+                "started there, and does a firewall let it reach this port?",
+                now,
+            )
+            return self._to_all()
+        if self.state != "running":
+            return []
+        silent = [n for n in self._nodes if now - n.heard > SILENCE_S]
+        if silent:
+            self._stop(1, f"{silent[0].name} has not been heard of for {SILENCE_S:g} s: host or network is down", now)
+        elif self._failures and (now - self._since > FIRST_FAILURE_S or not self._failures[0][0]):
+            blames, code, why = min(self._failures, key=lambda failure: failure[0])
+            self._stop(code, why, now)
+        elif all(node.ended for node in self._nodes):
+            self._stop(0, "", now)
+        else:
+            return []
+        return self._to_all()
+
+    def is_over(self, now: float) -> bool:
+        """Nobody is left to talk to."""
+        waited = now - self._since > self._shutdown_s + 5.0
+        return self.state == "stopping" and (waited or all(n.gone or not n.start_mark for n in self._nodes))
+
+    def status(self, now: float) -> Message:
+        """What `moe-launch status` shows."""
+        nodes = [
+            {
+                "node": node.name,
+                "host": node.facts.get("host", ""),
+                "heard_s": round(now - node.heard, 1) if node.start_mark else None,
+                "ranks": dict(node.ranks),
+            }
+            for node in self._nodes
+        ]
+        return {"kind": "status", "state": self.state, "code": self.code, "why": self.why, "nodes": nodes}
+
+    def _gathered(self, now: float) -> Out:
+        problems = self._check([node.facts for node in self._nodes])
+        if problems:
+            self._stop(2, "\n".join(problems), now)
+        else:
+            self.state, self._since, self._go = "running", now, {"kind": "go", **self._start()}
+            for node in self._nodes:
+                node.heard = now
+        return self._to_all()
+
+    def _order(self) -> Message:
+        if self.state == "gathering":
+            return {"kind": "wait", "missing": [node.name for node in self._nodes if not node.start_mark]}
+        return self._go if self.state == "running" else {"kind": "stop", "code": self.code, "why": self.why}
+
+    def _to_all(self) -> Out:
+        return [(node.sender, self._order()) for node in self._nodes if node.start_mark]
+
+    def _stop(self, code: int, why: str, now: float) -> None:
+        if self.state != "stopping":
+            self.state, self.code, self.why, self._since = "stopping", code, why, now
+
+
+def seal(secret: bytes, message: Message) -> list[bytes]:
+    """The frames of a message: its HMAC and its bytes."""
+    body = pack({"protocol": PROTOCOL, **message})
+    return [hmac.digest(secret, body, hashlib.sha256), body]
+
+
+def unseal(secret: bytes, frames: list[bytes]) -> Message | None:
+    """The message, or None where it is not from somebody who has the secret, or is no message."""
+    if len(frames) != 2 or not hmac.compare_digest(hmac.digest(secret, frames[1], hashlib.sha256), frames[0]):
+        return None
+    try:
+        message = unpack(frames[1])
+    except ValueError:
+        return None
+    return message if isinstance(message, dict) else None
+
+
+def serve(controller: Controller, address: str, port: int, secret: bytes) -> threading.Thread:
+    """Run a controller at address:port until its job is over. Raises ConfigError where the address cannot be used."""
+    context = zmq.Context()
+    door = open_socket(context, zmq.ROUTER)
+    try:
+        door.bind(f"tcp://{address}:{port}")
+    except zmq.ZMQError as error:
+        context.destroy(linger=0)
+        raise ConfigError(
+            f"node 0 cannot listen at {address}:{port} ({error}); is another job there? "
+            "Give another --master-port, or check that the address is one of this host"
+        ) from error
+
+    def run() -> None:
+        while not controller.is_over(time.monotonic()):
+            out: Out = []
+            if door.poll(100):
+                sender, *frames = door.recv_multipart()
+                message = unseal(secret, frames)
+                if message is not None:
+                    out += controller.receive(sender, message, time.monotonic())
+            out += controller.tick(time.monotonic())
+            for sender, message in out:
+                door.send_multipart([sender, *seal(secret, message)])
+        door.close(linger=1000)
+        context.term()
+
+    thread = threading.Thread(target=run, name="controller", daemon=True)
+    thread.start()
+    return thread
+
+
+class Link:
+    """An end that talks to the controller at address:port."""
+
+    def __init__(self, address: str, port: int, secret: bytes) -> None:
+        self._secret = secret
+        self._context = zmq.Context()
+        self._socket = open_socket(self._context, zmq.DEALER)
+        self._socket.connect(f"tcp://{address}:{port}")
+
+    def send(self, message: Message) -> None:
+        self._socket.send_multipart(seal(self._secret, message))
+
+    def receive(self, seconds: float) -> Message | None:
+        """The next message, or None when none came in time."""
+        if not self._socket.poll(seconds * 1000):
+            return None
+        return unseal(self._secret, self._socket.recv_multipart())
+
+    def close(self) -> None:
+        self._socket.close(linger=500)
+        self._context.term()

@@ -1,0 +1,133 @@
+"""What a node says of itself before a job starts, and what in the answers of all would hang or corrupt it.
+
+`look` reads this host and imports neither torch nor a vendor's plug-in; `verdicts` is pure. Devices are counted by the
+ranks themselves, which find out with the vendor's plug-in (comm/detect.py).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.metadata
+import platform
+import socket
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+
+_SIOCGIFADDR = 0x8915  # linux/sockios.h
+_PACKAGES = ("torch", "transformers")
+_WHOLE_FILE = 16 << 20  # larger files are compared by size
+
+
+def look(address: str, interface: str | None, vendor: str, devices: int, files: Sequence[str]) -> dict[str, Any]:
+    """The facts of this node. address: this host's own on the network of the job; files: what every node must have."""
+    return {
+        "host": socket.gethostname(),
+        "address": address,
+        "interface": interface or interface_of(address) or "",
+        "vendor": vendor,
+        "devices": devices,
+        "free_gib": _free_gib(),
+        "python": platform.python_version(),
+        "moe_runtime": __version__,
+        **{package: _version(package) for package in _PACKAGES},
+        "files": {path: digest(path) for path in files},
+    }
+
+
+def verdicts(names: Sequence[str], facts: Sequence[Mapping[str, Any]], commands: Sequence[str] = ()) -> list[str]:
+    """What is wrong, one line each, with the node and the cure; [] where the job can start."""
+    first, problems = facts[0], []
+    for name, mine in zip(names, facts, strict=True):
+        where = f"{name} (host {mine['host']})"
+        if not mine["torch"]:
+            problems.append(f"{where}: torch is not installed for its python; install it, or set `python` of the node")
+        if mine["moe_runtime"] != first["moe_runtime"]:
+            problems.append(
+                f"{where}: moe-runtime {mine['moe_runtime']}, but {names[0]} has {first['moe_runtime']}; install the "
+                "same version on both"
+            )
+        if mine.get("command") != first.get("command"):
+            problems.append(f"{where}: was started with another command than {names[0]}; start the same on all nodes")
+        for path, seen in mine["files"].items():
+            there = first["files"].get(path)
+            if seen.startswith("!"):
+                problems.append(f"{where}: {path}: {seen[1:]}; copy it there, or use a shared folder")
+            elif there and not there.startswith("!") and seen != there:
+                problems.append(f"{where}: {path} differs from that of {names[0]}; copy the same file to both")
+    return problems
+
+
+def text_digest(text: str) -> str:
+    """What tells whether two nodes mean the same."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def digest(path: str) -> str:
+    """What tells whether two nodes have the same file or folder; "!" and the reason where it cannot be read."""
+    found = Path(path)
+    seen = hashlib.sha256()
+    try:
+        for file in sorted(found.iterdir()) if found.is_dir() else [found]:
+            if file.is_dir():
+                continue
+            size = file.stat().st_size
+            seen.update(f"{file.name if found.is_dir() else ''} {size} ".encode())
+            with file.open("rb") as opened:
+                seen.update(opened.read() if size <= _WHOLE_FILE else opened.read(1 << 16))
+    except OSError as error:
+        return f"!cannot be read ({error.strerror})"
+    return seen.hexdigest()[:16]
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that has this IPv4 address."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            except OSError:  # it has no IPv4 address
+                continue
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return None
+
+
+def address_of(interface: str) -> str | None:
+    """The IPv4 address of a network interface."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
+        except OSError:
+            return None
+    return socket.inet_ntoa(answer[20:24])
+
+
+def is_here(host: str) -> bool:
+    """Whether a host name or address stands for this machine."""
+    if host in (socket.gethostname(), socket.gethostname().split(".")[0]):
+        return True
+    try:
+        address = socket.gethostbyname(host)
+    except OSError:
+        return False
+    return address.startswith("127.") or interface_of(address) is not None
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _free_gib() -> float | None:
+    info = Path("/proc/meminfo")
+    for line in info.read_text().splitlines() if info.is_file() else ():
+        if line.startswith("MemAvailable:"):
+            return round(int(line.split()[1]) / (1 << 20), 1)
+    return None

@@ -1,0 +1,67 @@
+"""What this host knows of jobs: where each one's controller is, so that `status` and `stop` work from any node.
+
+A file a job in the user's cache folder, readable by this user only (it holds the job's secret).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from ..core.environment import user_cache_folder
+from ..core.errors import ConfigError
+
+
+def write(job: str, **known: Any) -> Path:
+    """Note a job that this host has a part in."""
+    folder = _folder()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = folder / f"{job}.json"
+    started = {"job": job, "pid": os.getpid(), "host": socket.gethostname(), "started": time.time(), "code": None}
+    _replace(path, {**started, **known})
+    return path
+
+
+def end(path: Path, code: int) -> None:
+    """Note how it ended."""
+    try:
+        _replace(path, {**json.loads(path.read_text()), "code": code, "ended": time.time()})
+    except (OSError, ValueError):  # the record is a help, not a condition
+        return
+
+
+def read(job: str) -> dict[str, Any]:
+    """Raises ConfigError where this host knows nothing of the job."""
+    try:
+        return json.loads((_folder() / f"{job}.json").read_text())
+    except FileNotFoundError:
+        known = ", ".join(record["job"] for record in everything()[:5]) or "none"
+        raise ConfigError(f"job {job}: this host has no part in it; the latest here: {known}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"job {job}: its record cannot be read ({error})") from None
+
+
+def everything() -> list[dict[str, Any]]:
+    """All jobs this host knows of, the latest first."""
+    found = []
+    for path in _folder().glob("*.json"):
+        try:
+            found.append(json.loads(path.read_text()))
+        except (OSError, ValueError):
+            continue
+    return sorted(found, key=lambda record: -record["started"])
+
+
+def _folder() -> Path:
+    return user_cache_folder() / "moe-runtime" / "jobs"
+
+
+def _replace(path: Path, record: dict[str, Any]) -> None:
+    new = path.with_suffix(f".{os.getpid()}.tmp")
+    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        json.dump(record, file)
+    os.replace(new, path)
