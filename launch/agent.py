@@ -38,7 +38,7 @@ from .local import say, signal_name, signals_to
 from .machine import available_cores, free_port
 from .output import LineCutter, Sink, failure_text
 from .sweep import __file__ as SWEEP
-from .sweep import sweep
+from .sweep import marked, sweep
 from .worker import USER_ERROR_CODE, USER_ERRORS, one_line
 
 _MARK = "MOE_RUNTIME_JOB_MARK"
@@ -270,10 +270,11 @@ class _Ranks:
             return ""
         with suppress(ProcessLookupError):
             self._process.terminate()
-        killed = ""
-        try:
-            self._process.wait(timeout)
-        except subprocess.TimeoutExpired:
+        # torchrun's agent waits for those of other nodes once its own ranks are done, and hears no signal then.
+        killed, ends = "", time.monotonic() + timeout
+        while (left := self._has_ranks()) and time.monotonic() < ends:
+            time.sleep(0.05)
+        if left:
             last = self._first + self._count - 1
             killed = f"rank {last}" if self._count == 1 else f"one of ranks {self._first} to {last}"
         sweep(self._mark)  # whatever the ranks left behind, also after a good ending
@@ -284,6 +285,9 @@ class _Ranks:
         self._guard.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
         return killed
+
+    def _has_ranks(self) -> bool:
+        return self._process.poll() is None and not set(marked(self._mark)) <= {self._process.pid}
 
     def _failure(self, rank: int, code: int) -> Message:
         tail = list(self._tails.get(rank, ()))
