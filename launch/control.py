@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import itertools
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -58,7 +59,7 @@ class Controller:
         self._nodes = [_Node(name) for name in names]
         self._check, self._start = check, start
         self._wait_s, self._shutdown_s = wait_s, shutdown_s
-        self._began = now
+        self._began, self._here = now, 0
         self.state = "gathering"
         self.code, self.why = 0, ""
         self._failures: list[tuple[bool, int, str]] = []
@@ -89,8 +90,9 @@ class Controller:
             return [(sender, {"kind": "refuse", "code": 2, "why": why}), *self._to_all()]
         node.sender, node.heard = sender, now
         if kind == "hello" and self.state == "gathering":
+            self._here += not node.start_mark
             node.start_mark, node.facts = str(message.get("mark")), message.get("facts", {})
-            return self._gathered(now) if all(n.start_mark for n in self._nodes) else [(sender, self._order())]
+            return self._gathered(now) if self._here == len(self._nodes) else [(sender, self._order())]
         if kind == "gone":
             node.gone = True
         if kind == "beat":
@@ -102,7 +104,7 @@ class Controller:
                 failure = (bool(message.get("blames_peer")), int(message["code"]), str(message.get("why", "")))
                 if failure not in self._failures:
                     self._failures.append(failure)
-        return [(sender, self._order()), *self.tick(now)]
+        return [(sender, self._order())]
 
     def tick(self, now: float) -> Out:
         """What has to be said because time has passed."""
@@ -121,8 +123,10 @@ class Controller:
         silent = [n for n in self._nodes if now - n.heard > SILENCE_S]
         if silent:
             self._stop(1, f"{silent[0].name} has not been heard of for {SILENCE_S:g} s: host or network is down", now)
-        elif self._failures and (now - self._since > FIRST_FAILURE_S or not self._failures[0][0]):
+        elif self._failures:
             blames, code, why = min(self._failures, key=lambda failure: failure[0])
+            if blames and now - self._since <= FIRST_FAILURE_S:
+                return []
             self._stop(code, why, now)
         elif all(node.ended for node in self._nodes):
             self._stop(0, "", now)
@@ -160,7 +164,8 @@ class Controller:
 
     def _order(self) -> Message:
         if self.state == "gathering":
-            return {"kind": "wait", "missing": [node.name for node in self._nodes if not node.start_mark]}
+            missing = (node.name for node in self._nodes if not node.start_mark)
+            return {"kind": "wait", "missing": list(itertools.islice(missing, 5))}  # all names to all were a square
         return self._go if self.state == "running" else {"kind": "stop", "code": self.code, "why": self.why}
 
     def _to_all(self) -> Out:
@@ -202,14 +207,20 @@ def serve(controller: Controller, address: str, port: int, secret: bytes) -> thr
         ) from error
 
     def run() -> None:
-        while not controller.is_over(time.monotonic()):
+        ticked, over = 0.0, False
+        while not over:
             out: Out = []
-            if door.poll(100):
+            got = door.poll(50)
+            now = time.monotonic()
+            if got:
                 sender, *frames = door.recv_multipart()
                 message = unseal(secret, frames)
                 if message is not None:
-                    out += controller.receive(sender, message, time.monotonic())
-            out += controller.tick(time.monotonic())
+                    out += controller.receive(sender, message, now)
+            if now - ticked >= 0.05:  # it looks at all nodes: not for each message
+                ticked = now
+                out += controller.tick(now)
+                over = controller.is_over(now)
             for sender, message in out:
                 door.send_multipart([sender, *seal(secret, message)])
         door.close(linger=1000)

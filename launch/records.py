@@ -15,6 +15,8 @@ from typing import Any
 from ..core.environment import user_cache_folder
 from ..core.errors import ConfigError
 
+_KEPT = 200  # records; older ones go
+
 
 def write(job: str, **known: Any) -> Path:
     """Note a job that this host has a part in."""
@@ -23,6 +25,8 @@ def write(job: str, **known: Any) -> Path:
     path = folder / f"{job}.json"
     started = {"job": job, "pid": os.getpid(), "host": socket.gethostname(), "started": time.time(), "code": None}
     _replace(path, {**started, **known})
+    for old in sorted(folder.glob("*.json"), key=lambda entry: -_changed(entry))[_KEPT:]:
+        old.unlink(missing_ok=True)
     return path
 
 
@@ -54,6 +58,13 @@ def everything() -> list[dict[str, Any]]:
         except (OSError, ValueError):
             continue
     return sorted(found, key=lambda record: -record["started"])
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # another launcher has just removed it
+        return 0.0
 
 
 def _folder() -> Path:

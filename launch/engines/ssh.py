@@ -29,7 +29,8 @@ def command(job: Job, number: int, ssh_args: Sequence[str]) -> list[str]:
     settings = [f"{name}={value}" for name, value in node.env.items()]
     agent = [node.python or sys.executable, "-m", "moe_runtime.launch.agent", str(number)]
     remote = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(['env', *settings, *agent])}"
-    return ["ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", *ssh_args, node.host, remote]
+    # Of two values of an option ssh takes the first: the user's.
+    return ["ssh", "-T", *ssh_args, "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", node.host, remote]
 
 
 def run(job: Job, ssh_args: Sequence[str]) -> int:

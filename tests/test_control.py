@@ -1,0 +1,191 @@
+"""The controller of a job over several hosts, as a pure state machine and over real sockets."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from moe_runtime.core.errors import ConfigError
+from moe_runtime.launch.control import SILENCE_S, Controller, Link, seal, serve, unseal
+from moe_runtime.launch.machine import free_port
+from moe_runtime.launch.preflight import verdicts
+
+SECRET = b"a secret"
+
+
+def controller(*names, wait_s=10.0, check=lambda facts: []):
+    return Controller(list(names), check, lambda: {"store_port": 1}, wait_s, shutdown_s=1.0, now=0.0)
+
+
+def hello(node, mark="m", host="h"):
+    return {"kind": "hello", "node": node, "mark": f"{mark}{node}", "host": host, "facts": {"host": host}}
+
+
+def beat(node, **more):
+    return {"kind": "beat", "node": node, "mark": f"m{node}", **more}
+
+
+def kinds(out):
+    return [message["kind"] for _, message in out]
+
+
+def running(*names):
+    job = controller(*names)
+    for n in range(len(names)):
+        out = job.receive(b"%d" % n, hello(n), 1.0)
+    assert kinds(out) == ["go"] * len(names)
+    return job
+
+
+def test_a_job_starts_when_all_are_here_and_ends_when_all_have_ended_well():
+    job = controller("a", "b")
+    assert job.receive(b"0", hello(0), 1.0) == [(b"0", {"kind": "wait", "missing": ["b"]})]
+    assert kinds(job.receive(b"1", hello(1), 2.0)) == ["go", "go"]
+    assert kinds(job.receive(b"0", beat(0, code=0), 3.0)) == ["go"]
+    assert not job.tick(3.5)
+    job.receive(b"1", beat(1, code=0), 4.0)
+    assert [m["code"] for _, m in job.tick(4.0)] == [0, 0]
+    assert not job.is_over(4.0)
+    for n in (0, 1):
+        job.receive(b"%d" % n, {"kind": "gone", "node": n, "mark": f"m{n}"}, 5.0)
+    assert job.is_over(5.0)
+
+
+def test_missing_nodes_are_named_at_the_deadline_and_nothing_starts():
+    job = controller("a", "b", "c")
+    job.receive(b"1", hello(1), 1.0)
+    assert not job.tick(9.0)
+    [(to, message)] = job.tick(10.5)
+    assert to == b"1" and message["code"] == 2 and "for a, c; here: b" in message["why"]
+
+
+def test_two_nodes_of_one_number_are_named_and_end_the_job():
+    job = controller("a", "b")
+    job.receive(b"0", hello(0, host="first"), 1.0)
+    out = job.receive(b"x", hello(0, mark="other", host="second"), 2.0)
+    assert {to for to, _ in out} == {b"0", b"x"}
+    assert all("first and second" in m["why"] and m["code"] == 2 for _, m in out)
+    assert "0..1" in controller("a", "b").receive(b"2", hello(2), 1.0)[0][1]["why"]
+
+
+def test_what_does_not_fit_together_is_told_to_all():
+    job = controller("a", "b", check=lambda facts: ["b: wrong version", "b: no checkpoint"])
+    job.receive(b"0", hello(0), 1.0)
+    out = job.receive(b"1", hello(1), 1.0)
+    assert kinds(out) == ["stop", "stop"] and out[0][1]["why"] == "b: wrong version\nb: no checkpoint"
+
+
+def test_the_first_failure_is_the_one_that_blames_nobody():
+    job = running("a", "b")
+    out = job.receive(b"0", beat(0, code=1, why="PeerLost: rank 1", blames_peer=True), 2.0)
+    assert kinds(out) == ["go"]
+    assert not job.tick(2.4)
+    job.receive(b"1", beat(1, code=137, why="rank 1 was killed"), 2.5)
+    job.tick(2.5)
+    assert (job.code, job.why) == (137, "rank 1 was killed")
+
+
+def test_a_failure_that_blames_a_peer_stands_alone_after_a_second():
+    job = running("a", "b")
+    job.receive(b"0", beat(0, code=1, why="PeerTimeout", blames_peer=True), 2.0)
+    assert job.state == "running"
+    job.tick(3.5)
+    assert (job.state, job.code, job.why) == ("stopping", 1, "PeerTimeout")
+
+
+def test_a_silent_node_ends_the_job_and_is_named():
+    job = running("a", "b")
+    job.receive(b"0", beat(0), 1.0 + SILENCE_S)
+    job.tick(1.5 + SILENCE_S)
+    assert job.code == 1 and job.why.startswith("b has not been heard of")
+
+
+def test_stop_from_a_client_reaches_every_node_and_status_says_who_runs_what():
+    job = running("a", "b")
+    job.receive(b"1", beat(1, ranks={"3": "running"}), 2.0)
+    [(_, status)] = job.receive(b"client", {"kind": "status"}, 2.5)
+    assert status["state"] == "running" and status["nodes"][1]["ranks"] == {"3": "running"}
+    out = job.receive(b"client", {"kind": "stop", "code": 143, "why": "asked"}, 3.0)
+    assert kinds(out) == ["stopping", "stop", "stop"]
+
+
+def test_messages_without_the_secret_are_dropped():
+    frames = seal(SECRET, {"kind": "stop"})
+    assert unseal(SECRET, frames)["kind"] == "stop"
+    assert unseal(b"another", frames) is None
+    assert unseal(SECRET, [frames[0], frames[1][:-1] + b"x"]) is None
+    assert unseal(SECRET, frames[1:]) is None and unseal(SECRET, []) is None
+
+
+def test_an_address_that_is_taken_or_not_ours_is_an_error_that_says_so():
+    port = free_port()
+    serve(job := controller("a", wait_s=0.5), "127.0.0.1", port, SECRET)
+    with pytest.raises(ConfigError, match=f"127.0.0.1:{port}.*another --master-port"):
+        serve(controller("a"), "127.0.0.1", port, SECRET)
+    with pytest.raises(ConfigError, match="192.0.2.1"):
+        serve(controller("a"), "192.0.2.1", port, SECRET)
+    job._stop(0, "", 0.0)
+
+
+@pytest.mark.parametrize("count", [10, 100, 1000])
+def test_control_traffic_of_a_start_grows_with_the_number_of_agents(count):
+    """Simulated agents, the real controller: messages and bytes of a start and an end, for each agent, do not grow."""
+    job = controller(*(f"node {n:04}" for n in range(count)), wait_s=60.0)
+    messages = bytes_ = 0
+
+    def count_all(out):
+        nonlocal messages, bytes_
+        messages += len(out)
+        bytes_ += sum(len(frame) for _, message in out for frame in seal(SECRET, message))
+
+    for again in range(5):  # all but the last say hello again twice a second until it comes
+        for n in range(count - 1):
+            count_all(job.receive(b"%d" % n, hello(n), 0.5 * again))
+    count_all(job.receive(b"last", hello(count - 1), 3.0))
+    assert job.state == "running"
+    for n in range(count):
+        count_all(job.receive(b"%d" % n, beat(n, code=0), 12.0))
+    count_all(job.tick(12.0))
+    for n in range(count):
+        count_all(job.receive(b"%d" % n, {"kind": "gone", "node": n, "mark": f"m{n}"}, 13.0))
+    assert job.is_over(13.0) and job.code == 0
+    assert messages <= 9 * count and bytes_ <= 1500 * count
+
+
+def test_a_thousand_agents_start_over_real_sockets_within_seconds():
+    """One process plays the agents, each with a socket of its own; what is measured is the controller."""
+    port, count = free_port(), 1000
+    job = Controller([f"node {n}" for n in range(count)], lambda facts: [], lambda: {}, 60.0, 1.0, time.monotonic())
+    thread = serve(job, "127.0.0.1", port, SECRET)
+    links = [Link("127.0.0.1", port, SECRET) for _ in range(64)]  # DEALERs; agents share them in turn
+    began = time.monotonic()
+    for n in range(count):
+        links[n % 64].send(hello(n))
+    orders = [0] * 64
+    while sum(orders) < count and time.monotonic() < began + 30:
+        for n, link in enumerate(links):
+            while (answer := link.receive(0.0)) is not None:
+                orders[n] += answer["kind"] == "go"
+    took = time.monotonic() - began
+    assert sum(orders) == count
+    print(f"{count} agents: {took:.2f} s from the first hello to the last order")
+    assert took < 20.0
+    links[0].send({"kind": "stop"})
+    for n in range(count):
+        links[n % 64].send({"kind": "gone", "node": n, "mark": f"m{n}"})
+    thread.join(10)
+    assert not thread.is_alive()
+    for link in links:
+        link.close()
+
+
+def test_preflight_names_host_and_cure():
+    good = {"host": "h0", "torch": "2.13", "moe_runtime": "0.1.0", "command": "c", "files": {"m": "1"}}
+    assert verdicts(["a", "b"], [good, {**good, "host": "h1"}]) == []
+    bad = {"host": "h1", "torch": "", "moe_runtime": "0.2", "command": "d", "files": {"m": "!cannot be read (gone)"}}
+    lines = verdicts(["a", "b"], [good, bad])
+    assert all(line.startswith("b (host h1): ") for line in lines)
+    for words in ("torch is not installed", "0.2, but a has 0.1.0", "another command", "cannot be read (gone); copy"):
+        assert any(words in line for line in lines), words
+    assert "differs" in verdicts(["a", "b"], [good, {**good, "files": {"m": "2"}}])[0]

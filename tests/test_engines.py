@@ -1,0 +1,455 @@
+"""Jobs over several hosts (network namespaces, real TCP, real sshd) and under a real Slurm: as one process, or named.
+
+Both vendors are emulated. A host's ranks are 1 and 3, so that nothing divides evenly.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from families import write_checkpoint
+from hosts import MOE_LAUNCH, Hosts, Slurm
+from test_jobs import CONFIG
+
+from moe_runtime.launch.bench.world import find_mpirun
+from moe_runtime.launch.sweep import marked
+
+DEADLINE = 120.0
+MOE_JOB = Path(__file__).with_name("engine_job.py")
+GENERATE = ["--tokenizer", "bytes", "--prompt", "hello", "--prompt", "good day", "--max-new-tokens", "6", "--json"]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    with Hosts(tmp_path_factory.mktemp("two"), 2) as hosts:
+        yield hosts
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    with Slurm(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint") / "deepseek_v3"
+    write_checkpoint(folder, "deepseek_v3", vocab_size=258, pad_token_id=257)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoint):
+    """What one process generates."""
+    ran = run([*MOE_LAUNCH, "generate", "--model", str(checkpoint), *GENERATE])
+    assert ran.returncode == 0, ran.stderr
+    return texts(ran)
+
+
+def texts(ran):
+    return [result["text"] for result in json.loads(ran.stdout)["results"]]
+
+
+def run(command, cwd=None, timeout=DEADLINE, env=None):
+    words, variables = list(map(str, command)), {**os.environ, **(env or {})}
+    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=variables)
+
+
+def cluster_file(folder, addresses, devices=(1, 3), emulate=("ascend", "biren", "hygon"), **extra):
+    path = folder / "cluster.toml"
+    lines = []
+    for n, (address, count) in enumerate(zip(addresses, devices, strict=True)):
+        lines += ["[[node]]", f'name = "node-{"abc"[n]}"', f'host = "{address}"', f'vendor = "cpu"\ndevices = {count}']
+        lines += [f'emulate = "{emulate[n]}"'] if emulate else []
+        lines += [f'{key} = "{value[n]}"' for key, value in extra.items() if value[n]]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def job_script(folder, text):
+    (folder / "job.py").write_text("import os, signal, sys, time\nrank = int(os.environ['RANK'])\n" + text)
+    return folder / "job.py"
+
+
+def processes(folder):
+    """Processes whose command line names this test's folder."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                words = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if str(folder).encode() in words:
+                found.append(words.replace(b"\0", b" ").decode())
+    return found
+
+
+def assert_nothing_left(folder, seconds=5.0):
+    ends = time.monotonic() + seconds
+    while (left := processes(folder)) and time.monotonic() < ends:
+        time.sleep(0.1)
+    assert not left
+
+
+def over_ssh(hosts, cluster, *words, options=()):
+    """A moe-launch command over ssh, from this machine, which is no node of the job."""
+    launch = ["--engine", "ssh", hosts.ssh_args, "--cluster", cluster, "--threads-per-rank", "1", *options]
+    return [*MOE_LAUNCH, words[0], *launch, *words[1:]]
+
+
+@contextmanager
+def by_hand(hosts, cluster, folder, script, options=((), ())):
+    """`moe-launch run --engine torchrun` on each host; yields the processes."""
+    started = []
+    for n in range(len(options)):
+        words = [*MOE_LAUNCH, "run", "--engine", "torchrun", "--cluster", cluster, *options[n], script]
+        with (folder / f"out{n}").open("wb") as out:
+            started.append(subprocess.Popen(hosts.on(n, *words), cwd=folder, stdout=out, stderr=out))
+    try:
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+# ---- same results as one process ------------------------------------------------------------------------------------
+
+
+def test_generate_over_ssh_equals_one_process(two, checkpoint, alone, tmp_path):
+    cluster = cluster_file(tmp_path, two.addresses)
+    ran = run(over_ssh(two, cluster, "generate", "--model", checkpoint, *GENERATE), cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert texts(ran) == alone
+    assert "islands: ascend (emulated) [0]; biren (emulated) [1, 2, 3]" in ran.stderr
+    logs = sorted(path.name for path in tmp_path.glob("runs/*/rank_*.log"))
+    assert logs == [f"rank_{n}.log" for n in range(4)]
+    assert_nothing_left(tmp_path)
+
+
+def test_train_over_shaped_links_of_three_hosts_equals_one_process(checkpoint, tmp_path):
+    """tbf limits every host to 200 Mbit/s; ranks 1, 1 and 2."""
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.py").write_text(Path(__file__).read_text())
+    settings = CONFIG.replace('cluster = "cluster.toml"\n', "").replace("batch_size = 3", "batch_size = 4")
+    (tmp_path / "train.toml").write_text(settings.replace('output = "out/checkpoint"', 'output = "@"'))
+    losses = []
+    with Hosts(tmp_path, 3, mbit=200) as hosts:
+        cluster = cluster_file(tmp_path, hosts.addresses, (1, 1, 2), ("ascend", "biren", "biren"))
+        train = ["train", tmp_path / "train.toml", "--set", "steps=4", "--set", "record=''"]
+        commands = [
+            [*MOE_LAUNCH, *train, "--set", "output=one"],
+            over_ssh(hosts, cluster, *train, "--set", "output=three"),
+        ]
+        for command, output in zip(commands, ("one", "three"), strict=True):
+            ran = run(command, cwd=tmp_path)
+            assert ran.returncode == 0, ran.stderr
+            rows = (tmp_path / output / "metrics.jsonl").read_text().splitlines()
+            losses.append([json.loads(row)["loss"] for row in rows])
+    assert len(losses[0]) >= 1
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_torchrun_on_each_host_finds_its_node_in_the_cluster_file(two, tmp_path):
+    cluster = cluster_file(tmp_path, two.addresses)
+    script = job_script(tmp_path, "print('I am', rank, os.environ['LOCAL_RANK'], os.environ['GLOO_SOCKET_IFNAME'])\n")
+    with by_hand(two, cluster, tmp_path, script) as started:
+        assert [process.wait(DEADLINE) for process in started] == [0, 0]
+    first, second = ((tmp_path / f"out{n}").read_text() for n in (0, 1))
+    assert "[rank 0] I am 0 0 eth0" in first and "rank 1]" not in first
+    assert all(f"[rank {n}] I am {n} {n - 1} eth0" in second for n in (1, 2, 3))
+    assert f"node-b: {two.addresses[1]} (eth0)" in second
+    assert "signed with the job's name only" in first
+
+
+def test_a_hostfile(two, tmp_path):
+    hostfile = tmp_path / "hosts"
+    lines = [f"{address} slots={n + 1} type=cpu\n" for n, address in enumerate(two.addresses)]
+    hostfile.write_text("# DeepSpeed's form\n" + "".join(lines))
+    script = job_script(tmp_path, "print('of', os.environ['WORLD_SIZE'])\n")
+    command = [*MOE_LAUNCH, "run", "--engine", "ssh", two.ssh_args, "--hostfile", hostfile, script]
+    ran = run(command, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert sorted(ran.stdout.split("\n")) == ["", "[rank 0] of 3", "[rank 1] of 3", "[rank 2] of 3"]
+
+
+# ---- faults at start: each ends within its deadline and names node and cure -----------------------------------------
+
+
+def test_host_down(two, tmp_path):
+    cluster = cluster_file(tmp_path, [two.addresses[0], two.addresses[0].rsplit(".", 1)[0] + ".77"])
+    ran = run(over_ssh(two, cluster, "run", job_script(tmp_path, "")), cwd=tmp_path, timeout=40)
+    assert ran.returncode != 0
+    assert "node-b (host" in ran.stderr and "must work without a password" in ran.stderr
+    assert_nothing_left(tmp_path)
+
+
+def test_a_node_where_nobody_started_the_job(two, tmp_path):
+    cluster = cluster_file(tmp_path, two.addresses)
+    options = [["--start-timeout", "4"]]
+    with by_hand(two, cluster, tmp_path, job_script(tmp_path, ""), options) as (process,):
+        assert process.wait(20) == 2
+    assert "waited 4 s for node-b; here: node-a" in (tmp_path / "out0").read_text()
+
+
+def test_port_blocked(two, tmp_path):
+    cluster = cluster_file(tmp_path, two.addresses)
+    rule = ["ipproto", "tcp", "dport", "29500", "blackhole"]
+    two.check(1, "ip", "rule", "add", *rule)
+    try:
+        options = [["--start-timeout", "4"]] * 2
+        with by_hand(two, cluster, tmp_path, job_script(tmp_path, ""), options) as started:
+            assert [process.wait(20) for process in started] == [2, 2]
+    finally:
+        two.check(1, "ip", "rule", "del", *rule)
+    assert "waited 4 s for node-b" in (tmp_path / "out0").read_text()
+    said = (tmp_path / "out1").read_text()
+    assert f"node-b: no answer from node-a at {two.addresses[0]}:29500 within 4 s" in said and "firewall" in said
+
+
+def test_wrong_version_on_one_node(two, tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "sitecustomize.py").write_text("import moe_runtime\nmoe_runtime.__version__ = '0.0.9'\n")
+    wrapper = tmp_path / "python-of-b"
+    wrapper.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path}/old exec {sys.executable} "$@"\n')
+    wrapper.chmod(0o755)
+    cluster = cluster_file(tmp_path, two.addresses, python=("", wrapper))
+    ran = run(over_ssh(two, cluster, "run", job_script(tmp_path, "print('ran')")), cwd=tmp_path, timeout=40)
+    assert ran.returncode == 2 and "ran" not in ran.stdout
+    assert re.search(r"error: node-b \(host .*\): moe-runtime 0.0.9, but node-a has .*; install the same", ran.stderr)
+    assert_nothing_left(tmp_path)
+
+
+def test_checkpoint_missing_on_one_node(two, checkpoint, tmp_path):
+    """Node b sees an empty folder where the checkpoint should be: a mount of its own."""
+    copy = tmp_path / "model"
+    shutil.copytree(checkpoint, copy)
+    cluster = cluster_file(tmp_path, two.addresses)
+    hide = tmp_path / "hide.sh"
+    hide.write_text(f'mount -t tmpfs none "{copy}" && rmdir "{copy}" 2>/dev/null; exec "$@"\n')
+    words = ["generate", "--engine", "torchrun", "--cluster", cluster, "--model", copy / "config.json", *GENERATE]
+    started = []
+    for n, prefix in enumerate(([], ["unshare", "-m", "sh", hide])):
+        with (tmp_path / f"out{n}").open("wb") as out:
+            command = two.on(n, *prefix, *MOE_LAUNCH, *words)
+            started.append(subprocess.Popen(command, cwd=tmp_path, stdout=out, stderr=out))
+    assert [process.wait(40) for process in started] == [2, 2]
+    for n in (0, 1):
+        said = (tmp_path / f"out{n}").read_text()
+        assert re.search(r"error: node-b \(host .*config.json: cannot be read .*; copy it there", said), said
+
+
+def test_two_nodes_with_the_same_rank(tmp_path):
+    with Hosts(tmp_path, 3) as hosts:
+        cluster = cluster_file(tmp_path, hosts.addresses, (1, 1, 1), ())
+        options = [["--node-rank", n, "--start-timeout", "20"] for n in ("0", "1", "1")]
+        with by_hand(hosts, cluster, tmp_path, job_script(tmp_path, ""), options) as started:
+            assert [process.wait(40) for process in started] == [2, 2, 2]
+        for n in range(3):
+            said = (tmp_path / f"out{n}").read_text()
+            assert "two nodes have node rank 1 (node-b)" in said and "own --node-rank" in said
+
+
+def test_node_0_started_on_a_host_that_has_not_its_address(two, tmp_path):
+    cluster = cluster_file(tmp_path, two.addresses)
+    words = [*MOE_LAUNCH, "run", "--engine", "torchrun", "--cluster", cluster, "--node-rank", "0"]
+    ran = run(two.on(1, *words, job_script(tmp_path, "")), cwd=tmp_path, timeout=20)
+    assert ran.returncode == 2
+    assert f"node 0 cannot listen at {two.addresses[0]}:29500" in ran.stderr
+
+
+@pytest.mark.parametrize("ending, code, told", [
+    ("os.kill(os.getpid(), signal.SIGKILL)", 137, "killed by SIGKILL; was the machine out of memory?"),
+    ("raise RuntimeError('broken plug-in')", 1, "RuntimeError: broken plug-in"),
+    ("sys.exit(3)", 3, "exit code 3"),
+])  # fmt: skip
+def test_a_rank_that_dies_during_start(two, tmp_path, ending, code, told):
+    cluster = cluster_file(tmp_path, two.addresses)
+    script = job_script(tmp_path, f"if rank == 2: {ending}\ntime.sleep(100)\n")
+    ran = run(over_ssh(two, cluster, "run", script), cwd=tmp_path, timeout=40)
+    assert ran.returncode == code, ran.stderr
+    assert f"rank 2 (node-b, {two.addresses[1]}) failed first" in ran.stderr and told in ran.stderr
+    assert_nothing_left(tmp_path)
+
+
+def test_a_users_mistake_in_a_rank_is_one_line_and_code_2(two, tmp_path, checkpoint):
+    cluster = cluster_file(tmp_path, two.addresses)
+    words = ["generate", "--model", checkpoint, "--prompt", "x", "--runtime", "transport=carrier-pigeon"]
+    ran = run(over_ssh(two, cluster, *words), cwd=tmp_path, timeout=60)
+    assert ran.returncode == 2, ran.stderr
+    assert "carrier-pigeon" in ran.stderr and "Traceback" not in ran.stderr
+
+
+# ---- life ------------------------------------------------------------------------------------------------------------
+
+
+SLEEPER = "print('up', flush=True)\nimport subprocess\nsubprocess.Popen(['sleep', '317'], start_new_session=True)\n"
+
+
+@contextmanager
+def sleeping(hosts, folder, text=SLEEPER + "time.sleep(300)\n", options=()):
+    """A job over ssh whose ranks are all up, each with a child in a session of its own."""
+    cluster = cluster_file(folder, hosts.addresses)
+    command = over_ssh(hosts, cluster, "run", job_script(folder, text), options=options)
+    env = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
+    with (folder / "out").open("wb") as out:
+        process = subprocess.Popen(list(map(str, command)), cwd=folder, stdout=out, stderr=out, env=env)
+    try:
+        ends = time.monotonic() + 40
+        while (folder / "out").read_text().count("] up") < 4:
+            assert time.monotonic() < ends and process.poll() is None, (folder / "out").read_text()
+            time.sleep(0.1)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def sleepers():
+    return [p for p in Path("/proc").glob("[0-9]*/cmdline") if p.exists() and b"317" in _read(p).split(b"\0")]
+
+
+def _read(path):
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+@pytest.mark.parametrize("victim", ["launcher", "agent", "torchrun", "SIGTERM"])
+def test_no_process_is_left_whoever_is_killed(two, tmp_path, victim):
+    with sleeping(two, tmp_path) as process:
+        if victim == "launcher":
+            process.kill()
+        elif victim == "SIGTERM":
+            process.terminate()
+        else:
+            what = {"agent": b"moe_runtime.launch.agent\x001", "torchrun": b"moe_runtime.launch.elastic"}[victim]
+            found = [p for p in Path("/proc").glob("[0-9]*/cmdline") if what in _read(p)]
+            os.kill(int(found[-1].parent.name), signal.SIGKILL)
+        code = process.wait(40)
+        assert code == {"launcher": -9, "SIGTERM": 143}.get(victim, code) and code != 0
+        assert_nothing_left(tmp_path, 20)
+        ends = time.monotonic() + 10
+        while sleepers() and time.monotonic() < ends:
+            time.sleep(0.1)
+        assert not sleepers()
+
+
+def test_status_and_stop_from_a_node(two, tmp_path):
+    """Agents write their records where the job's user keeps such; hosts here share the file system."""
+    with sleeping(two, tmp_path) as process:
+        listed = json.loads(run(two.on(1, *MOE_LAUNCH, "status", "--json")).stdout)["jobs"]
+        job = listed[0]["job"]
+        assert job.startswith("job-") and "secret" not in listed[0]
+        shown = run(two.on(1, *MOE_LAUNCH, "status", job))
+        assert shown.returncode == 0 and f"{job}: running" in shown.stdout
+        assert "node-b" in shown.stdout and "rank 3 running" in shown.stdout
+        stopped = run(two.on(1, *MOE_LAUNCH, "stop", job))
+        assert stopped.returncode == 0, stopped.stderr
+        assert process.wait(20) == 143
+    assert "asked to stop by moe-launch stop" in (tmp_path / "out").read_text()
+    over = run([*MOE_LAUNCH, "status", job])
+    assert over.returncode == 3 and "over, code 143" in over.stdout
+    assert run([*MOE_LAUNCH, "status", "no-such-job"]).returncode == 2
+
+
+def test_sigterm_gives_ranks_time_to_save(two, tmp_path):
+    text = f"""
+def save(*_):
+    time.sleep(1)
+    open(f"{tmp_path}/saved{{rank}}", "w").close()
+    sys.exit(0)
+signal.signal(signal.SIGTERM, save)
+print("up", flush=True)
+time.sleep(300)
+"""
+    with sleeping(two, tmp_path, text, ["--shutdown-timeout", "20"]) as process:
+        process.terminate()
+        assert process.wait(40) == 143
+    assert sorted(path.name for path in tmp_path.glob("saved*")) == [f"saved{n}" for n in range(4)]
+
+
+# ---- Slurm -----------------------------------------------------------------------------------------------------------
+
+
+def under_slurm(cluster, *words):
+    where = ["--engine", "slurm", "--master-addr", "127.0.0.1", "--threads-per-rank", "1", "--cluster", cluster]
+    return [*MOE_LAUNCH, words[0], *where, *words[1:]]
+
+
+def test_slurm_runs_generate_over_both_nodes(slurm, checkpoint, alone, tmp_path):
+    cluster = cluster_file(tmp_path, ["n1", "n2"])
+    ran = slurm.run(*under_slurm(cluster, "generate", "--model", checkpoint, *GENERATE), cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert texts(ran) == alone
+
+
+def test_scancel_ends_all_ranks(slurm, tmp_path):
+    cluster = cluster_file(tmp_path, ["n1", "n2"])
+    script = job_script(tmp_path, SLEEPER + "time.sleep(300)\n")
+    with (tmp_path / "out").open("wb") as out:
+        command = list(map(str, under_slurm(cluster, "run", "--engine-args=--job-name=to-cancel", script)))
+        process = subprocess.Popen(command, cwd=tmp_path, env=slurm.env, stdout=out, stderr=out)
+    try:
+        ends = time.monotonic() + 40
+        while (tmp_path / "out").read_text().count("] up") < 4:
+            assert time.monotonic() < ends and process.poll() is None, (tmp_path / "out").read_text()
+            time.sleep(0.1)
+        slurm.run("scancel", "--name", "to-cancel")
+        assert process.wait(40) != 0
+    finally:
+        process.kill()
+        process.wait()
+    assert_nothing_left(tmp_path, 20)
+    assert not sleepers()
+
+
+@pytest.mark.parametrize("transport", ["auto", "zeromq", "islands"])
+def test_plain_srun_with_init(slurm, transport):
+    ran = slurm.run("srun", "-N2", "-n2", "env", "OMP_NUM_THREADS=1", "MASTER_ADDR=127.0.0.1", "GLOO_SOCKET_IFNAME=lo",
+                    sys.executable, MOE_JOB, transport)  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert sorted(ran.stdout.split()) == ["slurm:0/2:True", "slurm:1/2:True"]
+
+
+@pytest.mark.parametrize("transport", ["auto", "zeromq", "islands"])
+@pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])
+def test_plain_torchrun_and_mpirun_with_init(launcher, transport):
+    if launcher == "torchrun":
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", MOE_JOB]
+    else:
+        mpirun, missing = find_mpirun()
+        if mpirun is None:
+            pytest.skip(missing)
+        command = [*mpirun, "-n", "2", sys.executable, MOE_JOB]
+    ran = run([*command, transport], env={"OMP_NUM_THREADS": "1"})
+    assert ran.returncode == 0, ran.stderr
+    name = "mpi" if launcher == "mpirun" else launcher
+    assert sorted(re.findall(r"\w+:\d/2:True", ran.stdout)) == [f"{name}:0/2:True", f"{name}:1/2:True"]
+
+
+def test_marked_finds_what_carries_the_mark():
+    mark = f"MOE_RUNTIME_JOB_MARK=test{os.getpid()}"
+    name, value = mark.split("=")
+    child = subprocess.Popen(["sleep", "60"], env={**os.environ, name: value}, start_new_session=True)
+    try:
+        ends = time.monotonic() + 5
+        while marked(mark) != [child.pid] and time.monotonic() < ends:
+            time.sleep(0.01)
+        assert marked(mark) == [child.pid]
+    finally:
+        child.kill()
+        child.wait()
+    assert marked(mark) == []
