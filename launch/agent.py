@@ -205,8 +205,8 @@ class _Ranks:
         sources = [self._pipe(rank, stream) for rank in range(self._count) for stream in ("out", "err")]
         threads = job.threads or max(1, available_cores() // self._count)
         variables = {
-            **environment.unless_set({**_network(node, address, interface), "OMP_NUM_THREADS": str(threads)}),
-            **_visible(node),
+            **environment.unless_set({**network_variables(node, address, interface), "OMP_NUM_THREADS": str(threads)}),
+            **visible_variables(node),
             "PYTHONUNBUFFERED": "1",
             environment.OUTPUT: str(self._folder),
             _MARK: mark,
@@ -395,7 +395,7 @@ def _own_address(job: Job, number: int) -> str:
     return environment.address_towards(job.address, job.port)
 
 
-def _network(node: Node, address: str, interface: str) -> dict[str, str]:
+def network_variables(node: Node, address: str, interface: str) -> dict[str, str]:
     """The vendor's variables that say which interface to use: HCCL_IF_IP takes an address, all others a name."""
     row = VENDORS.get(node.vendor)
     named = {"GLOO_SOCKET_IFNAME"} | {name for name in (row.network_variables.value if row else ())}
@@ -403,7 +403,8 @@ def _network(node: Node, address: str, interface: str) -> dict[str, str]:
     return variables | ({"HCCL_IF_IP": address} if "HCCL_IF_IP" in named else {})
 
 
-def _visible(node: Node) -> dict[str, str]:
+def visible_variables(node: Node) -> dict[str, str]:
+    """The vendor's variable that says which devices the node's ranks may see."""
     if node.visible_devices is None:
         return {}
     row = VENDORS.get(node.vendor)

@@ -195,7 +195,7 @@ def _launch(
     files: what every node must have. predict: for jobs whose model is known, what the ranks would hold
     (planning.plan.Planned), for --dry-run.
     """
-    job = options.rdzv_id or re.sub(r"[^\w.-]", "_", job)
+    job = re.sub(r"[^\w.-]", "_", options.rdzv_id or job)
     options.engine = options.engine or ("local" if options.nnodes in (None, "1", "1:1") else "torchrun")
     if options.max_restarts != 0:
         raise ConfigError(f"--max-restarts {options.max_restarts}: restarts are not there yet; use --max-restarts 0")
@@ -258,8 +258,10 @@ def _show_ranks(cluster: Cluster, predict: Callable[[Cluster], Any] | None, comm
     if said:
         print(said)
     for rank, ((node, device), holds) in enumerate(zip(_devices(cluster), held, strict=True)):
-        emulated = f" (emulated {node.emulate})" if node.emulate else ""
-        print(f"rank {rank}  node {node.name}  host {node.host}  device {node.vendor}:{device}{emulated}")
+        island = (node.emulate or node.vendor) + (f" {node.island}" if node.island else "")
+        emulated = " (emulated)" if node.emulate else ""
+        where = f"node {node.name}  host {node.host}  device {node.vendor}:{device}"
+        print(f"rank {rank}  {where}  island {island}{emulated}")
         for line in (holds, *commands[rank : rank + 1]):
             if line:
                 print(f"  {line}")
@@ -397,7 +399,7 @@ def _add_launch_options(group: Any) -> None:
     _add(group, "--cluster", metavar="FILE", help="cluster file: the nodes, their devices and speeds")
     lines = "the same as --cluster, for lines such as `host slots=8 type=ascend`"
     group.add_argument("-H", "--hostfile", dest="cluster", metavar="FILE", default=argparse.SUPPRESS, help=lines)
-    engines = "local (one host), torchrun (call it on every host), ssh or slurm (call it once)"
+    engines = "local (one host), torchrun (call it on every host), ssh, slurm or mpi (call it once)"
     _add(group, "--engine", metavar="NAME", help=engines)
     passed = "the engine's own options, such as --engine-args='--partition=gpu' (repeatable)"
     _add(group, "--engine-args", action="append", metavar="WORDS", help=passed)

@@ -15,10 +15,10 @@ from ..core.cluster import Cluster, Node, load_cluster
 from ..core.errors import ConfigError
 from . import preflight
 from .agent import Job, run_node
-from .engines import slurm, ssh
+from .engines import mpi, slurm, ssh
 from .local import say
 
-ENGINES = ("torchrun", "ssh", "slurm")
+ENGINES = ("torchrun", "ssh", "slurm", "mpi")
 _PORT = 29500  # torchrun's default
 
 
@@ -34,8 +34,8 @@ def cluster_of(options: argparse.Namespace) -> Cluster:
         if options.nproc_per_node:
             raise ConfigError(f"--nproc-per-node: {options.cluster} says how many devices each node has; leave it out")
         return cluster
-    if options.engine == "ssh":
-        raise ConfigError("--engine ssh: give --cluster FILE or --hostfile FILE, which say the hosts")
+    if options.engine in ("ssh", "mpi"):
+        raise ConfigError(f"--engine {options.engine}: give --cluster FILE or --hostfile FILE, which say the hosts")
     allocation = environment.slurm_allocation() if options.engine == "slurm" else None
     count = wanted or (allocation[2] if allocation else 1)
     return Cluster(tuple(Node(f"node {n}", devices=options.nproc_per_node or 1) for n in range(count)))
@@ -76,6 +76,9 @@ def launch(options: argparse.Namespace, job: Job) -> int:
         return ssh.run(job, _engine_args(options))
     if job.engine == "slurm":
         slurm.run(job, _engine_args(options))
+    if job.engine == "mpi":
+        say("mpirun starts the ranks: no preflight, and no log files but those of its own options")
+        mpi.run(job, _engine_args(options))
     if environment.job_secret() is None:
         say("control messages are signed with the job's name only; set MOE_RUNTIME_JOB_SECRET, the same on all nodes")
     return run_node(job, number)
@@ -85,6 +88,8 @@ def commands(options: argparse.Namespace, job: Job) -> list[str]:
     """What would be run, for --dry-run; what goes over stdin or the environment is not in it."""
     if job.engine == "ssh":
         return [shlex.join(ssh.command(job, number, _engine_args(options))) for number in range(len(job.nodes))]
+    if job.engine == "mpi":
+        return [shlex.join(mpi.command(job, _engine_args(options)))]
     if job.engine == "slurm":
         return [shlex.join(slurm.command(job, _engine_args(options)))]
     return [f"on {node.host}: this command with --node-rank {n}" for n, node in enumerate(job.nodes)]

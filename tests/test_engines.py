@@ -440,6 +440,42 @@ def test_plain_torchrun_and_mpirun_with_init(launcher, transport):
     assert sorted(re.findall(r"\w+:\d/2:True", ran.stdout)) == [f"{name}:0/2:True", f"{name}:1/2:True"]
 
 
+def test_mpirun_in_its_mpmd_form(checkpoint, alone, tmp_path):
+    """Two nodes on this machine, each with an interpreter and an environment of its own."""
+    if find_mpirun()[0] is None:
+        pytest.skip(find_mpirun()[1])
+    wrapper = tmp_path / "python-of-b"
+    wrapper.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    wrapper.chmod(0o755)
+    cluster = cluster_file(tmp_path, ["localhost", "localhost"], (1, 2), ("ascend", "biren"), python=("", wrapper))
+    cluster.write_text(cluster.read_text() + 'env = { OF_NODE = "b" }\n')
+    engine = ["--engine", "mpi", "--engine-args=--allow-run-as-root", "--threads-per-rank", "1", "--cluster", cluster]
+    script = job_script(tmp_path, "pass\n")
+    script.write_text(
+        "import os, sys\n"
+        "print(f\"{os.environ['OMPI_COMM_WORLD_RANK']}:{os.environ.get('OF_NODE')}:{sys.argv[1]}\\n\", end='')\n"
+    )
+    ran = run([*MOE_LAUNCH, "run", *engine, script, "x y"], cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert sorted(ran.stdout.splitlines()) == ["0:None:x y", "1:b:x y", "2:b:x y"]
+    words = [*MOE_LAUNCH, "generate", *engine, "--model", checkpoint, *GENERATE, "--runtime", "bridge=mpi"]
+    ran = run(words, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert texts(ran) == alone
+    script.write_text("import os, sys, time\nrank = os.environ['OMPI_COMM_WORLD_RANK']\nif rank == '1': sys.exit(3)\n")
+    script.write_text(script.read_text() + "time.sleep(60)\n")
+    assert run([*MOE_LAUNCH, "run", *engine, script], cwd=tmp_path, timeout=40).returncode == 3
+    assert_nothing_left(tmp_path)
+
+
+def test_the_loop_to_copy_learns_on_any_number_of_ranks():
+    for command in ([sys.executable], [*MOE_LAUNCH, "run", "--nproc-per-node", "2"]):
+        ran = run([*command, "-m", "moe_runtime.launch.jobs.custom"])
+        assert ran.returncode == 0, ran.stderr
+        first, last = (float(value) for value in re.findall(r"tokens (\d+\.\d+)", ran.stdout))
+        assert last < first < 5.6
+
+
 def test_marked_finds_what_carries_the_mark():
     mark = f"MOE_RUNTIME_JOB_MARK=test{os.getpid()}"
     name, value = mark.split("=")

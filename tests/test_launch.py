@@ -306,7 +306,7 @@ def test_a_dry_run_shows_each_command_and_starts_nothing(tmp_path):
         ("run --nnodes 2 --rdzv-endpoint 127.0.0.1:29500 --node-rank 2 job.py", "there are 2 nodes"),
         ("run --nnodes 2 --engine local job.py", "one machine"),
         ("run --engine ssh job.py", "--hostfile"),
-        ("run --engine k8s job.py", "not one of local, torchrun, ssh, slurm"),
+        ("run --engine k8s job.py", "not one of local, torchrun, ssh, slurm, mpi"),
         ("run --engine-args=-v job.py", "takes none"),
         ("stop nothing-of-this-name", "this host has no part in it"),
         ("run --node_rank 1 job.py", "one machine"),

@@ -15,6 +15,7 @@ BENCHES = {
     "dispatch": "moe_runtime.launch.bench.dispatch",
     "balance": "moe_runtime.launch.bench.balance",
     "plan": "moe_runtime.launch.bench.plan",
+    "start": "moe_runtime.launch.bench.start",
 }
 
 USAGE = f"""usage: moe-launch bench WHAT [options]
