@@ -30,13 +30,13 @@ from typing import Any
 
 from ..comm.vendors import VENDORS
 from ..core import environment
-from ..core.cluster import Node
+from ..core.cluster import Cluster, Node
 from ..core.errors import ConfigError
 from . import preflight, records
 from .control import BEAT_S, SILENCE_S, Controller, Link, Message, serve
 from .local import say, signal_name, signals_to
 from .machine import available_cores, free_port
-from .output import LineCutter, Sink, failure_text
+from .output import LineCutter, Sink, failure_text, is_shown
 from .sweep import __file__ as SWEEP
 from .sweep import marked, sweep
 from .worker import USER_ERROR_CODE, USER_ERRORS, one_line
@@ -49,7 +49,7 @@ class Job:
     """What all agents of a job are told alike. nodes: in rank order; address, port: where node 0's controller listens.
 
     target: the worker's arguments. files: what every node must have, the same. wait_s: for all nodes to come.
-    one_terminal: all agents write to one place, so only node 0 tells what concerns the whole job.
+    one_terminal: all agents write to one place, so only node 0 tells what concerns the whole job. tee: see is_shown.
     """
 
     name: str
@@ -67,6 +67,7 @@ class Job:
     engine: str = "torchrun"
     engine_args: tuple[str, ...] = ()
     one_terminal: bool = False
+    tee: str | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -96,6 +97,9 @@ def run_node(job: Job, number: int, lifeline: int | None = None) -> int:
         agent = _Agent(job, number, events)
         try:
             code = agent.run()
+        except USER_ERRORS as error:
+            agent.give_up(one_line(error))
+            raise
         finally:
             agent.close()
     if served is not None:
@@ -112,15 +116,14 @@ class _Agent:
         self._mark = secrets.token_hex(8)
         self._ranks: _Ranks | None = None
         self._signals: list[int] = []  # that this agent got
-        self._address = _own_address(job, number)
         self._record = records.write(
             job.name, engine=job.engine, address=job.address, port=job.port, secret=job.secret, log_dir=job.log_dir
         )
 
     def run(self) -> int:
-        facts = preflight.look(
-            self._address, self._node.interface, self._node.vendor, self._node.devices, self._job.files
-        )
+        address = _own_address(self._job, self._number)
+        node = self._node
+        facts = preflight.look(address, node.interface, node.vendor, node.devices, self._job.files)
         facts["command"] = preflight.text_digest(json.dumps([self._job.name, self._job.target]))
         if self._speaks:
             where = f"{facts['address']} ({facts['interface'] or 'no interface found'})"
@@ -137,12 +140,17 @@ class _Agent:
                     told = order["missing"]
                     say(f"waiting for {', '.join(told)} (at most {self._job.wait_s:g} s)")
                 elif order["kind"] == "go" and self._ranks is None:
-                    self._ranks = _Ranks(self._job, self._number, self._address, facts["interface"], order, self._mark)
+                    self._ranks = _Ranks(self._job, self._number, address, facts["interface"], order, self._mark)
                 elif order["kind"] in ("stop", "refuse"):
                     return self._end(order["code"], order["why"])
             silence = time.monotonic() - heard
             if silence > (self._job.wait_s if self._ranks is None else SILENCE_S):
                 return self._end(*self._no_answer(silence))
+
+    def give_up(self, why: str) -> None:
+        """Have the job end everywhere because of this node."""
+        self._link.send({"kind": "stop", "code": USER_ERROR_CODE, "why": f"{self._node.name}: {why}"})
+        self._link.send({"kind": "gone", "node": self._number, "mark": self._mark})
 
     def close(self) -> None:
         if self._ranks is not None:
@@ -350,7 +358,8 @@ class _Ranks:
         if stream == "err":
             self._tails.setdefault(rank, deque(maxlen=500)).append(line)
         log.write(f"{line}\n".encode())
-        if rank >= 0:  # what torchrun says of itself is in its log, and in a failure of its own
+        # What torchrun says of itself is in its log, and in a failure of its own.
+        if rank >= 0 and is_shown(self._job.tee, rank, stream):
             shown = "err" if self._job.clean_stdout else stream
             console[shown].write(f"[rank {rank}] {line}\n".encode())
 
@@ -361,7 +370,13 @@ def _controller(job: Job) -> threading.Thread:
 
     def check(facts: list[Mapping[str, Any]]) -> list[str]:
         devices[:] = [int(fact["devices"]) for fact in facts]
-        return preflight.verdicts(names, facts)
+        return preflight.verdicts(names, facts) or memory(facts)
+
+    def memory(facts: list[Mapping[str, Any]]) -> list[str]:
+        sizes = [sizes for path in job.files if (sizes := preflight.checkpoint_bytes(path))]
+        if not sizes or "--placement" in job.target or [node.devices for node in job.nodes] != devices:
+            return []  # a placement of the user's own; or nodes that the command line does not describe
+        return preflight.tight(job.nodes, facts, Cluster(job.nodes).rank_speeds(), sizes[0])
 
     def start() -> Message:
         return {"devices": devices, "store_port": free_port(job.address)}

@@ -217,7 +217,9 @@ def _launch(
         raise ConfigError(f"--log-dir {log_dir}: cannot make this folder ({error.strerror})") from None
     print(f"moe-launch: {len(ranks)} rank{'s'[: len(ranks) != 1]}, logs in {log_dir}", file=sys.stderr)
     record = records.write(log_dir.name, engine="local", log_dir=str(log_dir.absolute()))
-    code = run_ranks(ranks, log_dir, shutdown_timeout=options.shutdown_timeout, clean_stdout=clean_stdout)
+    code = run_ranks(
+        ranks, log_dir, shutdown_timeout=options.shutdown_timeout, clean_stdout=clean_stdout, tee=options.tee
+    )
     records.end(record, code)
     return code
 
@@ -411,7 +413,8 @@ def _add_launch_options(group: Any) -> None:
     _add(group, "--rdzv-endpoint", type=_endpoint, metavar="HOST:PORT", help="both in one")
     _add(group, "--rdzv-id", metavar="NAME", help="name of the job (default: from SCRIPT or the command)")
     _add(group, "--log-dir", metavar="DIR", help="for rank_N.log (default: runs/<job>-<time>-<pid>)")
-    _add(group, "-t", "--tee", type=_streams, metavar="WHICH", help="accepted; output is always both shown and logged")
+    shown = "what is shown, not only logged: 1 stdout, 2 stderr, 3 both (default), 0 none, or by rank: 0:3,2:1"
+    _add(group, "-t", "--tee", type=_streams, metavar="WHICH", help=shown)
     _add(group, "--max-restarts", type=count, default=0, metavar="N", help="only 0 for now")
     _add(group, "--threads-per-rank", type=at_least_1, metavar="N", help="OMP_NUM_THREADS (default: cores / ranks)")
     wait = "from asking a rank to stop to killing it (default: 10)"

@@ -22,7 +22,7 @@ from typing import IO
 
 from ..core.environment import inherited, with_launcher_pid
 from ..core.errors import ConfigError
-from .output import LineCutter, Sink, failure_text
+from .output import LineCutter, Sink, failure_text, is_shown
 
 _DRAIN_SECONDS = 2.0  # for output still in the pipes after everyone was killed
 
@@ -37,13 +37,19 @@ class Rank:
 
 
 def run_ranks(
-    ranks: Sequence[Rank], log_dir: Path, *, shutdown_timeout: float = 10.0, clean_stdout: bool = False
+    ranks: Sequence[Rank],
+    log_dir: Path,
+    *,
+    shutdown_timeout: float = 10.0,
+    clean_stdout: bool = False,
+    tee: str | None = None,
 ) -> int:
     """Start all ranks, wait for them, return the job's exit code. Call from the main thread.
 
     0 when every rank ended with 0; the first failing rank's exit code, or 128 + the signal that killed it; 128 + the
     signal that the launcher itself got. With `clean_stdout` only the first rank's stdout reaches stdout, byte for
-    byte, and everything else goes to stderr. Raises ConfigError when a rank or a log cannot be started.
+    byte, and everything else goes to stderr. tee: which lines are shown (is_shown). Raises ConfigError when a rank or a
+    log cannot be started.
     """
     events: queue.SimpleQueue[_Running | int] = queue.SimpleQueue()  # a rank that ended, or a signal's number
     console = [Sink(descriptor, lambda error: events.put(signal.SIGPIPE)) for descriptor in (1, 2)]
@@ -51,7 +57,8 @@ def run_ranks(
     with signals_to(events), _guard() as watch:
         try:
             for number, rank in enumerate(ranks):
-                running.append(_Running(rank, log_dir, events, console, clean_stdout, exact=number == 0))
+                shown = [is_shown(tee, number, stream) for stream in ("out", "err")]
+                running.append(_Running(rank, log_dir, events, console, clean_stdout, number == 0, shown))
                 watch(running[-1].process.pid)
             ending = _wait_for_ending(len(ranks), events)
             if isinstance(ending, int):
@@ -75,9 +82,17 @@ class _Running:
     """One started rank: its process, a thread that waits for its end, and a thread for each of its streams."""
 
     def __init__(
-        self, rank: Rank, log_dir: Path, events: queue.SimpleQueue, console: list[Sink], clean: bool, exact: bool
+        self,
+        rank: Rank,
+        log_dir: Path,
+        events: queue.SimpleQueue,
+        console: list[Sink],
+        clean: bool,
+        exact: bool,
+        shown: list[bool],
     ) -> None:
         self.label = rank.label
+        self._shown_out, self._shown_err = shown
         self.code: int = -1  # not ended
         self.ending = ""
         self.log_path = log_dir / f"{rank.label.replace(' ', '_')}.log"
@@ -140,7 +155,8 @@ class _Running:
     def _show(self, prefix: str, line: str, source: IO[bytes], console: Sink, log: Sink) -> None:
         if source is self.process.stderr:
             self.stderr_tail.append(line)
-        console.write(f"{prefix}{line}\n".encode())
+        if self._shown_err if source is self.process.stderr else self._shown_out:
+            console.write(f"{prefix}{line}\n".encode())
         log.write(f"{line}\n".encode())
 
     def summary(self) -> str:

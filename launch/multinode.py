@@ -65,6 +65,7 @@ def make_job(
         engine=options.engine,
         engine_args=tuple(_engine_args(options)) if by_hand else (),
         one_terminal=not by_hand,
+        tee=options.tee,
     )
 
 

@@ -74,6 +74,18 @@ class LineCutter:
         return self._CURSOR.sub("", line.decode("utf-8", errors="replace"))
 
 
+def is_shown(tee: str | None, rank: int, stream: str) -> bool:
+    """Whether a rank's "out" or "err" goes to the console too; logs have everything.
+
+    tee: torchrun's --tee: 1 is stdout, 2 stderr, 3 both, 0 neither, for all ranks; or 0:3,2:1 by rank (here of the
+    whole job), others then neither. None: everything.
+    """
+    if tee is None:
+        return True
+    bits = dict(part.split(":") for part in tee.split(",")).get(str(rank), "0") if ":" in tee else tee
+    return bool(int(bits) & (1 if stream == "out" else 2))
+
+
 def failure_text(label: str, ending: str, code: int, stderr_tail: Sequence[str], log: object) -> str:
     """What to tell of a rank that failed: a user's mistake in one line, anything else with its last traceback."""
     if code == USER_ERROR_CODE:

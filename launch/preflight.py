@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import importlib.metadata
+import json
 import platform
 import socket
 import struct
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..core.cluster import Node
 
 _SIOCGIFADDR = 0x8915  # linux/sockios.h
 _PACKAGES = ("torch", "transformers")
@@ -60,6 +62,52 @@ def verdicts(names: Sequence[str], facts: Sequence[Mapping[str, Any]], commands:
             elif there and not there.startswith("!") and seen != there:
                 problems.append(f"{where}: {path} differs from that of {names[0]}; copy the same file to both")
     return problems
+
+
+def tight(
+    nodes: Sequence[Node], facts: Sequence[Mapping[str, Any]], speeds: Sequence[float], checkpoint: tuple[int, int]
+) -> list[str]:
+    """Nodes that cannot hold what their ranks would, one line each.
+
+    speeds: of each rank; experts are shared out by them. checkpoint: bytes of experts and of all else as stored, so
+    this is the least that is needed: rows, caches and wider dtypes come on top. A CPU node is held to the host's free
+    memory, and every node to its memory_gib where the cluster file gives it.
+    """
+    experts, dense = checkpoint
+    problems, rank = [], 0
+    for node, mine in zip(nodes, facts, strict=True):
+        share = sum(speeds[rank : rank + node.devices]) / sum(speeds)
+        rank += node.devices
+        need = (dense * node.devices + experts * share) / (1 << 30)
+        limits = [node.memory_gib * node.devices] if node.memory_gib is not None else []
+        if mine["vendor"] == "cpu" and mine["free_gib"] is not None:
+            limits.append(mine["free_gib"])
+        if limits and need > min(limits):
+            problems.append(
+                f"{node.name} (host {mine['host']}): its ranks need at least {need:.2g} GiB for their share of the "
+                f"model, {min(limits):.2g} GiB are there; give it a lower speed or fewer devices, or the others more"
+            )
+    return problems
+
+
+def checkpoint_bytes(folder: str) -> tuple[int, int] | None:
+    """Bytes of routed experts and of all else in a folder's safetensors, from their headers; None where it has none.
+
+    Source of the header's form: the safetensors format, eight bytes of length and then JSON.
+    """
+    experts = other = 0
+    files = sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else []
+    for file in files:
+        with file.open("rb") as opened:
+            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+        for name, tensor in header.items():
+            if name != "__metadata__":
+                first, last = tensor["data_offsets"]
+                if ".experts." in name:
+                    experts += last - first
+                else:
+                    other += last - first
+    return (experts, other) if files else None
 
 
 def text_digest(text: str) -> str:

@@ -6,10 +6,11 @@ import time
 
 import pytest
 
+from moe_runtime.core.cluster import Node
 from moe_runtime.core.errors import ConfigError
 from moe_runtime.launch.control import SILENCE_S, Controller, Link, seal, serve, unseal
 from moe_runtime.launch.machine import free_port
-from moe_runtime.launch.preflight import verdicts
+from moe_runtime.launch.preflight import checkpoint_bytes, tight, verdicts
 
 SECRET = b"a secret"
 
@@ -189,3 +190,25 @@ def test_preflight_names_host_and_cure():
     for words in ("torch is not installed", "0.2, but a has 0.1.0", "another command", "cannot be read (gone); copy"):
         assert any(words in line for line in lines), words
     assert "differs" in verdicts(["a", "b"], [good, {**good, "files": {"m": "2"}}])[0]
+
+
+def test_a_node_that_cannot_hold_its_share_is_named():
+    gib = 1 << 30
+    nodes = [Node("a", devices=1, vendor="cpu"), Node("b", devices=2, vendor="ascend", memory_gib=8.0)]
+    facts = [{"host": "h0", "vendor": "cpu", "free_gib": 7.0}, {"host": "h1", "vendor": "ascend", "free_gib": 1.0}]
+    # 2 GiB dense on every rank; of 18 GiB of experts a takes 2/6 and b 4/6: 8 and 16 GiB.
+    lines = tight(nodes, facts, [2.0, 2.0, 2.0], (18 * gib, 2 * gib))
+    assert [line.split(" (")[0] for line in lines] == ["a"] and "8 GiB" in lines[0] and "7 GiB are there" in lines[0]
+    assert [line.split(" (")[0] for line in tight(nodes, facts, [1, 4, 4], (18 * gib, 2 * gib))] == ["b"]
+    assert tight(nodes, facts, [1, 2, 2], (15 * gib, gib)) == []
+
+
+def test_bytes_of_a_checkpoint_come_from_its_headers(tmp_path):
+    from safetensors.torch import save_file
+    from torch import zeros
+
+    assert checkpoint_bytes(str(tmp_path)) is None and checkpoint_bytes(str(tmp_path / "file")) is None
+    save_file({"model.layers.1.mlp.experts.0.up_proj.weight": zeros(4, 8)}, tmp_path / "1.safetensors")
+    shared = {"model.layers.1.mlp.shared_experts.up_proj.weight": zeros(2), "model.norm.weight": zeros(3)}
+    save_file(shared, tmp_path / "2.safetensors")
+    assert checkpoint_bytes(str(tmp_path)) == (128, 20)

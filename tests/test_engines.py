@@ -178,10 +178,11 @@ def test_a_hostfile(two, tmp_path):
     lines = [f"{address} slots={n + 1} type=cpu\n" for n, address in enumerate(two.addresses)]
     hostfile.write_text("# DeepSpeed's form\n" + "".join(lines))
     script = job_script(tmp_path, "print('of', os.environ['WORLD_SIZE'])\n")
-    command = [*MOE_LAUNCH, "run", "--engine", "ssh", two.ssh_args, "--hostfile", hostfile, script]
-    ran = run(command, cwd=tmp_path)
-    assert ran.returncode == 0, ran.stderr
-    assert sorted(ran.stdout.split("\n")) == ["", "[rank 0] of 3", "[rank 1] of 3", "[rank 2] of 3"]
+    for tee, shown in (("3", [0, 1, 2]), ("0:3,2:1", [0, 2])):
+        command = [*MOE_LAUNCH, "run", "--engine", "ssh", two.ssh_args, "--hostfile", hostfile, "--tee", tee, script]
+        ran = run(command, cwd=tmp_path)
+        assert ran.returncode == 0, ran.stderr
+        assert sorted(ran.stdout.splitlines()) == [f"[rank {n}] of 3" for n in shown]
 
 
 # ---- faults at start: each ends within its deadline and names node and cure -----------------------------------------
@@ -248,6 +249,23 @@ def test_checkpoint_missing_on_one_node(two, checkpoint, tmp_path):
     for n in (0, 1):
         said = (tmp_path / f"out{n}").read_text()
         assert re.search(r"error: node-b \(host .*config.json: cannot be read .*; copy it there", said), said
+
+
+def test_too_little_memory_for_its_share(two, checkpoint, tmp_path):
+    cluster = cluster_file(tmp_path, two.addresses)
+    cluster.write_text(cluster.read_text() + "memory_gib = 0.00001\n")
+    ran = run(over_ssh(two, cluster, "generate", "--model", checkpoint, *GENERATE), cwd=tmp_path, timeout=40)
+    assert ran.returncode == 2
+    assert re.search(r"error: node-b \(host .*\): its ranks need at least .* GiB.*lower speed", ran.stderr)
+
+
+def test_a_mistake_that_only_one_node_can_see_ends_all(two, tmp_path):
+    cluster = cluster_file(tmp_path, two.addresses, interface=("", "wlan9"))
+    began = time.monotonic()
+    ran = run(over_ssh(two, cluster, "run", job_script(tmp_path, "")), cwd=tmp_path, timeout=60)
+    assert ran.returncode == 2 and "node-b: this host has no interface wlan9" in ran.stderr
+    assert time.monotonic() - began < 30
+    assert_nothing_left(tmp_path)
 
 
 def test_two_nodes_with_the_same_rank(tmp_path):

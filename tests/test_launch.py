@@ -480,3 +480,19 @@ def test_a_rank_that_cannot_start_ends_the_others(tmp_path):
     result = launch(tmp_path, "run", "--cluster", "c.toml", job)
     assert result.returncode == 2
     assert "moe-launch: error: cannot start rank 1" in result.stderr.splitlines()[-1]
+
+
+def test_tee_chooses_what_is_shown_and_logs_keep_everything(tmp_path):
+    job = script(tmp_path, 'print("out", rank); print("err", rank, file=sys.stderr)')
+    seen = {}
+    for tee in ("0", "1", "2", "3", "1:3", "0:1,1:2"):
+        ran = launch(tmp_path, "run", "--nproc-per-node", "2", "--tee", tee, "--log-dir", "logs" + tee, job)
+        assert ran.returncode == 0, ran.stderr
+        lines = [line for line in (ran.stdout + ran.stderr).splitlines() if line.startswith("[rank")]
+        seen[tee] = sorted(re.sub(r"\[rank .\] ", "", line) for line in lines)
+        for rank in "01":
+            log = (tmp_path / ("logs" + tee) / f"rank_{rank}.log").read_text()
+            assert sorted(log.splitlines()) == [f"err {rank}", f"out {rank}"]
+    assert seen["0"] == [] and seen["1"] == ["out 0", "out 1"] and seen["2"] == ["err 0", "err 1"]
+    assert seen["3"] == ["err 0", "err 1", "out 0", "out 1"]
+    assert seen["1:3"] == ["err 1", "out 1"] and seen["0:1,1:2"] == ["err 1", "out 0"]

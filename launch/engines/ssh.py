@@ -21,6 +21,7 @@ from ..agent import Job
 from ..local import say, signals_to
 
 _SSH_FAILED = 255  # ssh(1), EXIT STATUS
+_TOGETHER_S = 30.0
 
 
 def command(job: Job, number: int, ssh_args: Sequence[str]) -> list[str]:
@@ -57,6 +58,7 @@ def run(job: Job, ssh_args: Sequence[str]) -> int:
 
 
 def _wait(job: Job, children: list[subprocess.Popen], events: queue.SimpleQueue[int]) -> int:
+    failed_since = 0.0
     while True:
         with suppress(queue.Empty):
             number = events.get(timeout=0.05)
@@ -70,7 +72,10 @@ def _wait(job: Job, children: list[subprocess.Popen], events: queue.SimpleQueue[
                 f"above); `ssh {node.host} true` must work without a password"
             )
             return 2 if all(code in (None, _SSH_FAILED) for code in codes) else 1
-        if None not in codes or codes[0] is not None:
+        if any(codes):  # the agents end together, unless one could not take part
+            failed_since = failed_since or time.monotonic()
+        late = failed_since and time.monotonic() - failed_since > _TOGETHER_S
+        if None not in codes or codes[0] is not None or late:
             return next((code for code in codes if code), 0)
 
 
