@@ -178,8 +178,8 @@ class _Agent:
         where = f"{self._job.nodes[0].name} at {self._job.address}:{self._job.port}"
         if self._ranks is None:
             return USER_ERROR_CODE, (
-                f"{self._node.name}: no answer from {where} within {seconds:.0f} s; is the job started there, is the "
-                "address right, and does a firewall let this host reach that port?"
+                f"{self._node.name}: no answer from {where} within {seconds:.0f} s; is the job started there, with the "
+                "same MOE_RUNTIME_JOB_SECRET, is the address right, and does a firewall let this host reach that port?"
             )
         return 1, f"{self._node.name}: lost touch with {where} for {seconds:.0f} s; its host or the network is down"
 

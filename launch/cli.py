@@ -173,9 +173,9 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _jobs_here(options: argparse.Namespace) -> int:
-    from . import jobs_here
+    from . import status
 
-    return jobs_here.status(options) if options.name == "status" else jobs_here.stop(options)
+    return status.status(options) if options.name == "status" else status.stop(options)
 
 
 def _job_arguments(options: argparse.Namespace) -> list[str]:

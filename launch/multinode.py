@@ -71,15 +71,15 @@ def make_job(
 
 def launch(options: argparse.Namespace, job: Job) -> int:
     """Start the job, or this node's part of it, and wait for its end."""
+    if job.engine == "mpi":
+        say("mpirun starts the ranks: no preflight, and no log files but those of its own options")
+        mpi.run(job, _engine_args(options))
     number = node_rank(options, job.nodes) if job.engine == "torchrun" else -1
     say(f"job {job.name}: {len(job.nodes)} node{'s'[: len(job.nodes) != 1]}, logs in {job.log_dir} on each")
     if job.engine == "ssh":
         return ssh.run(job, _engine_args(options))
     if job.engine == "slurm":
         slurm.run(job, _engine_args(options))
-    if job.engine == "mpi":
-        say("mpirun starts the ranks: no preflight, and no log files but those of its own options")
-        mpi.run(job, _engine_args(options))
     if environment.job_secret() is None:
         say("control messages are signed with the job's name only; set MOE_RUNTIME_JOB_SECRET, the same on all nodes")
     return run_node(job, number)
