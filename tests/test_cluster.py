@@ -112,3 +112,34 @@ def test_a_file_that_cannot_be_read_is_refused_in_one_line(tmp_path):
     binary.write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="not valid TOML"):
         load_cluster(binary)
+
+
+def test_a_hostfile_is_a_cluster_with_hosts_of_one_type_side_by_side(tmp_path):
+    path = tmp_path / "hosts"
+    path.write_text("# a comment\nh1 slots=2 type=ascend\nh2 slots=4 type=hygon  # another\n\nh3 slots=1 type=ascend\n")
+    nodes = load_cluster(path).nodes
+    assert [(node.host, node.vendor, node.devices) for node in nodes] == [
+        ("h1", "ascend", 2), ("h3", "ascend", 1), ("h2", "hygon", 4),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ("h1 slots=2\nh2 slots=x\n", "line 2"),
+        ("h1 slots=2 colour=red\n", "slots=N type=vendor"),
+        ("h1 slots=0\n", "line 1: devices = 0"),
+        ("h1 slots=2\nh1 slots=3\n", "list a host once"),
+    ],
+)
+def test_bad_lines_of_a_hostfile_are_named(tmp_path, lines, said):
+    (tmp_path / "hosts").write_text(lines)
+    with pytest.raises(ConfigError, match=said):
+        load_cluster(tmp_path / "hosts")
+
+
+def test_ranks_follow_the_order_of_a_cluster_file(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text("".join(f'[[node]]\nname = "{n}"\nemulate = "{v}"\n' for n, v in ("ax", "by", "cx")).replace(
+        '"x"', '"ascend"').replace('"y"', '"biren"'))  # fmt: skip
+    assert [node.name for node in load_cluster(path).nodes] == ["a", "b", "c"]

@@ -127,8 +127,8 @@ class Cluster:
 def load_cluster(path: str | Path) -> Cluster:
     """Read a cluster file, or a hostfile with lines such as `host slots=8 type=ascend`, as DeepSpeed and MPI use them.
 
-    Nodes of one island come one after the other, islands and the nodes within them in the file's order. Raises
-    ConfigError, in one line that names file and place, when the file cannot be used.
+    Ranks follow a cluster file's order; hosts of a hostfile are put side by side by their type. Raises ConfigError, in
+    one line that names file and place, when the file cannot be used.
     """
     try:
         text = Path(path).read_bytes().decode()
@@ -146,7 +146,7 @@ def load_cluster(path: str | Path) -> Cluster:
     nodes = _read_tables(tables, "node", Node, _NODE_KEYS, ("name",), path)
     links = _read_tables(tables, "link", Link, _LINK_KEYS, tuple(_LINK_KEYS), path)
     try:
-        return Cluster(_by_island(nodes), links)
+        return Cluster(nodes, links)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
@@ -178,7 +178,7 @@ def _read_hostfile(text: str, path: str | Path) -> Cluster:
 
 
 def _by_island(nodes: tuple[Node, ...]) -> tuple[Node, ...]:
-    """Nodes that may share a collective library side by side: neighbours in rank order then seldom need a bridge."""
+    """Nodes that may share a collective library side by side, kinds and nodes within them in the order given."""
     kinds = [(node.emulate or node.vendor, node.island) for node in nodes]
     first = {kind: number for number, kind in reversed(list(enumerate(kinds)))}
     return tuple(nodes[n] for n in sorted(range(len(nodes)), key=lambda n: (first[kinds[n]], n)))
