@@ -263,7 +263,7 @@ def _show_ranks(cluster: Cluster, predict: Callable[[Cluster], Any] | None, comm
         island = (node.emulate or node.vendor) + (f" {node.island}" if node.island else "")
         emulated = " (emulated)" if node.emulate else ""
         where = f"node {node.name}  host {node.host}  device {node.vendor}:{device}"
-        print(f"rank {rank}  {where}  island {island}{emulated}")
+        print(f"rank {rank}  {where}" + (f"  island {island}{emulated}" if island != "auto" else ""))
         for line in (holds, *commands[rank : rank + 1]):
             if line:
                 print(f"  {line}")
