@@ -6,6 +6,7 @@ contract of all transports, on the first of the two, is in test_transports.py; h
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import mmap
 import os
@@ -31,7 +32,7 @@ from moe_runtime.comm import frames, rendezvous, window
 from moe_runtime.comm.place import ON_CPU
 from moe_runtime.comm.shm import SharedMemoryTransport
 from moe_runtime.core import native
-from moe_runtime.errors import ConfigError, MoeRuntimeError
+from moe_runtime.errors import ConfigError, MoeRuntimeError, PeerLost
 
 TWINS = ["memory", "frames", "sockets"]  # parcels and frames in shared memory; frames only; frames over sockets
 SMALL_WINDOW_BYTES = 256 << 10
@@ -610,7 +611,8 @@ def test_an_error_in_the_callers_function_is_the_callers(twin):
 
 
 def all_die(transport) -> None:
-    begin_rows(transport, all_pairs(transport.size, 50), 1040, 0)
+    with contextlib.suppress(PeerLost):  # a slow rank may begin after the others are gone; it dies all the same
+        begin_rows(transport, all_pairs(transport.size, 50), 1040, 0)
     die()
 
 
