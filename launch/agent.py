@@ -1,8 +1,7 @@
 """One node's part of a job over several hosts: say who it is, start its ranks with torchrun's agent, watch, clean up.
 
-Every engine starts one agent a node and leaves the rest to it. The agents agree through control.py; the ranks are
-started by torch.distributed.run (elastic.py) and write into named pipes that the agent reads, so that logs and
-prefixes are those of one machine. Run as a program it takes its job from stdin, one line of JSON, and ends when its
+Every engine starts one agent a node and leaves the rest to it. The agents agree through control.py; ranks.py starts
+the ranks. Run as a program it takes its job from stdin, one line of JSON, and ends when its
 stdin ends: whoever started it is gone then. `--from-environment` is for engines without such a line.
 """
 
@@ -12,75 +11,26 @@ import json
 import os
 import queue
 import secrets
-import selectors
-import shutil
 import signal
 import socket
-import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-from ..comm.vendors import VENDORS
 from ..core import environment
-from ..core.cluster import Cluster, Node
+from ..core.cluster import Cluster
 from ..core.errors import ConfigError
 from . import preflight, records
 from .control import BEAT_S, SILENCE_S, Controller, Link, Message, serve
-from .local import say, signal_name, signals_to
-from .machine import available_cores, free_port
-from .output import LineCutter, Sink, failure_text, is_shown
-from .sweep import __file__ as SWEEP
-from .sweep import marked, sweep
+from .job import Job
+from .machine import free_port
+from .process import say, signal_name, signals_to
+from .ranks import Ranks
 from .worker import USER_ERROR_CODE, USER_ERRORS, one_line
-
-_MARK = "MOE_RUNTIME_JOB_MARK"
-
-
-@dataclass(frozen=True)
-class Job:
-    """What all agents of a job are told alike. nodes: in rank order; address, port: where node 0's controller listens.
-
-    target: the worker's arguments. files: what every node must have, the same. wait_s: for all nodes to come.
-    one_terminal: all agents write to one place, so only node 0 tells what concerns the whole job. tee: see is_shown.
-    """
-
-    name: str
-    nodes: tuple[Node, ...]
-    address: str
-    port: int
-    secret: str
-    target: tuple[str, ...]
-    files: tuple[str, ...]
-    log_dir: str
-    clean_stdout: bool = False
-    threads: int | None = None
-    shutdown_timeout: float = 10.0
-    wait_s: float = 120.0
-    engine: str = "torchrun"
-    engine_args: tuple[str, ...] = ()
-    one_terminal: bool = False
-    tee: str | None = None
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @staticmethod
-    def from_json(text: str) -> Job:
-        """Raises ConfigError for anything that is not a job."""
-        try:
-            table = json.loads(text)
-            lists = {key: tuple(value) for key, value in table.items() if isinstance(value, list)}
-            return Job(**{**table, **lists, "nodes": tuple(Node(**node) for node in table["nodes"])})
-        except (ValueError, TypeError, KeyError) as error:
-            raise ConfigError(f"this is no job of moe-launch's ({error}); an agent is started by an engine") from None
 
 
 def run_node(job: Job, number: int, lifeline: int | None = None) -> int:
@@ -114,7 +64,7 @@ class _Agent:
         self._link = Link(job.address, job.port, bytes.fromhex(job.secret))
         self._speaks = number == 0 or not job.one_terminal
         self._mark = secrets.token_hex(8)
-        self._ranks: _Ranks | None = None
+        self._ranks: Ranks | None = None
         self._signals: list[int] = []  # that this agent got
         self._record = records.write(
             job.name, engine=job.engine, address=job.address, port=job.port, secret=job.secret, log_dir=job.log_dir
@@ -140,7 +90,7 @@ class _Agent:
                     told = order["missing"]
                     say(f"waiting for {', '.join(told)} (at most {self._job.wait_s:g} s)")
                 elif order["kind"] == "go" and self._ranks is None:
-                    self._ranks = _Ranks(self._job, self._number, address, facts["interface"], order, self._mark)
+                    self._ranks = Ranks(self._job, self._number, address, facts["interface"], order, self._mark)
                 elif order["kind"] in ("stop", "refuse"):
                     return self._end(order["code"], order["why"])
             silence = time.monotonic() - heard
@@ -195,175 +145,6 @@ class _Agent:
         return code
 
 
-class _Ranks:
-    """The ranks of this node: torchrun's agent as a child, and the pipes that its ranks write to."""
-
-    def __init__(self, job: Job, number: int, address: str, interface: str, go: Message, mark: str) -> None:
-        self._job, self._mark = job, f"{_MARK}={mark}"
-        node = job.nodes[number]
-        counts: Sequence[int] = go["devices"]
-        self._first, self._count = sum(counts[:number]), counts[number]
-        self._where = f"{node.name}, {address}"
-        self._folder = Path(tempfile.mkdtemp(prefix="moe-launch-"))
-        self._failures = self._folder / "failures.json"
-        self._log_dir = Path(job.log_dir)
-        self._log_dir.mkdir(parents=True, exist_ok=True)
-        self._tails: dict[int, deque[str]] = {}
-        self._told = False
-        sources = [self._pipe(rank, stream) for rank in range(self._count) for stream in ("out", "err")]
-        threads = job.threads or max(1, available_cores() // self._count)
-        variables = {
-            **environment.unless_set({**network_variables(node, address, interface), "OMP_NUM_THREADS": str(threads)}),
-            **visible_variables(node),
-            "PYTHONUNBUFFERED": "1",
-            environment.OUTPUT: str(self._folder),
-            _MARK: mark,
-            **node.env,
-        }
-        python = node.python or sys.executable
-        arguments = [
-            *("--nnodes", str(len(counts)), "--node-rank", str(number), "--nproc-per-node", str(self._count)),
-            *("--master-addr", job.address, "--master-port", str(go["store_port"]), "--rdzv-id", job.name),
-            *("--rdzv-conf", f"timeout={max(30, int(job.wait_s))}", "--local-addr", address),
-            *job.engine_args,
-            *("--no-python", python, "-m", "moe_runtime.launch.worker", *job.target),
-        ]
-        command = [python, "-m", "moe_runtime.launch.elastic", str(self._failures), *arguments]
-        child = environment.with_launcher_pid(environment.inherited(variables), os.getpid())
-        try:
-            self._process = subprocess.Popen(
-                command,
-                env=child,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                bufsize=0,
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise ConfigError(f"{node.name}: cannot start {python}: {error}; set `python` of the node") from None
-        assert self._process.stdout is not None
-        sources.append((self._process.stdout.fileno(), -1, "err"))
-        self._guard = _guard(self._mark)
-        self._over = threading.Event()  # nobody writes any more
-        self._relaying = threading.Thread(target=self._relay, args=(sources,), daemon=True)
-        self._relaying.start()
-
-    def has_news(self) -> bool:
-        """The ranks have ended, and that has not been reported yet."""
-        return not self._told and self._process.poll() is not None
-
-    def report(self) -> Message:
-        """State of each rank, and how they ended once they have."""
-        ended = self._process.poll()
-        ranks = {str(self._first + n): "running" if ended is None else "ended" for n in range(self._count)}
-        if ended is None:
-            return {"ranks": ranks}
-        self._told = True
-        self._drain()
-        if ended == 0:
-            return {"ranks": ranks, "code": 0}
-        try:
-            failures = json.loads(self._failures.read_text())
-        except (OSError, ValueError):  # torchrun's agent itself failed
-            failures = []
-        for rank, code in failures:
-            ranks[str(rank)] = f"failed ({code})"
-        told = [self._failure(rank, code) for rank, code in failures] or [self._failure(-1, ended)]
-        return {"ranks": ranks, **min(told, key=lambda failure: failure["blames_peer"])}
-
-    def stop(self, timeout: float) -> str:
-        """SIGTERM to the ranks by way of torchrun's agent, SIGKILL after `timeout` seconds; who needed that, or ""."""
-        if self._guard.poll() is not None:
-            return ""
-        with suppress(ProcessLookupError):
-            self._process.terminate()
-        # torchrun's agent waits for those of other nodes once its own ranks are done, and hears no signal then.
-        killed, ends = "", time.monotonic() + timeout
-        while (left := self._has_ranks()) and time.monotonic() < ends:
-            time.sleep(0.05)
-        if left:
-            last = self._first + self._count - 1
-            killed = f"rank {last}" if self._count == 1 else f"one of ranks {self._first} to {last}"
-        sweep(self._mark)  # whatever the ranks left behind, also after a good ending
-        self._process.kill()
-        self._process.wait()
-        self._drain()
-        self._guard.kill()
-        self._guard.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
-        return killed
-
-    def _has_ranks(self) -> bool:
-        return self._process.poll() is None and not set(marked(self._mark)) <= {self._process.pid}
-
-    def _failure(self, rank: int, code: int) -> Message:
-        tail = list(self._tails.get(rank, ()))
-        ending = f"killed by {signal_name(-code)}" if code < 0 else f"exit code {code}"
-        label = f"rank {rank} ({self._where})" if rank >= 0 else f"torchrun's agent ({self._where})"
-        code = 128 - code if code < 0 else code
-        log = self._log_dir / (f"rank_{rank}.log" if rank >= 0 else "torchrun.log")
-        blames = any(line.split(":")[0].endswith(("PeerLost", "PeerTimeout")) for line in tail[-5:])
-        return {"code": code, "why": failure_text(label, ending, code, tail, log), "blames_peer": blames}
-
-    def _pipe(self, local_rank: int, stream: str) -> tuple[int, int, str]:
-        path = self._folder / f"{local_rank}.{stream}"
-        os.mkfifo(path, 0o600)
-        # Open for both: reading neither blocks nor ends while ranks come and go.
-        return os.open(path, os.O_RDWR | os.O_NONBLOCK), self._first + local_rank, stream
-
-    def _drain(self) -> None:
-        """Wait until what the ranks have written is shown; they are gone, so there is no more than the pipes hold."""
-        self._over.set()
-        self._relaying.join(5.0)
-
-    def _relay(self, sources: list[tuple[int, int, str]]) -> None:
-        console = {stream: Sink(number, lambda error: None) for stream, number in (("out", 1), ("err", 2))}
-        logs: dict[int, Any] = {}
-        cutters = {descriptor: LineCutter() for descriptor, _, _ in sources}
-        with selectors.DefaultSelector() as selector:
-            for source in sources:
-                selector.register(source[0], selectors.EVENT_READ, source)
-            while selector.get_map():
-                ready = selector.select(0.1)
-                if not ready and self._over.is_set():
-                    break
-                for key, _ in ready:
-                    descriptor, rank, stream = key.data
-                    try:
-                        chunk = os.read(descriptor, 1 << 16)
-                    except BlockingIOError:
-                        continue
-                    if not chunk:  # torchrun's own pipe has ended
-                        selector.unregister(descriptor)
-                        continue
-                    if rank not in logs:
-                        name = f"rank_{rank}.log" if rank >= 0 else "torchrun.log"
-                        logs[rank] = (self._log_dir / name).open("ab", buffering=0)
-                    if self._job.clean_stdout and rank == 0 and stream == "out":
-                        console["out"].write(chunk)
-                        logs[rank].write(chunk)
-                        continue
-                    for line in cutters[descriptor].feed(chunk):
-                        self._show(line, rank, stream, console, logs[rank])
-            for descriptor, rank, stream in sources:
-                for line in cutters[descriptor].end():
-                    self._show(line, rank, stream, console, logs[rank])
-                if rank >= 0:
-                    os.close(descriptor)
-        for log in logs.values():
-            log.close()
-
-    def _show(self, line: str, rank: int, stream: str, console: Mapping[str, Sink], log: Any) -> None:
-        if stream == "err":
-            self._tails.setdefault(rank, deque(maxlen=500)).append(line)
-        log.write(f"{line}\n".encode())
-        # What torchrun says of itself is in its log, and in a failure of its own.
-        if rank >= 0 and is_shown(self._job.tee, rank, stream):
-            shown = "err" if self._job.clean_stdout else stream
-            console[shown].write(f"[rank {rank}] {line}\n".encode())
-
-
 def _controller(job: Job) -> threading.Thread:
     names = [node.name for node in job.nodes]
     devices: list[int] = []
@@ -408,36 +189,6 @@ def _own_address(job: Job, number: int) -> str:
     if number == 0 or environment.is_loopback(job.address):
         return job.address
     return environment.address_towards(job.address, job.port)
-
-
-def network_variables(node: Node, address: str, interface: str) -> dict[str, str]:
-    """The vendor's variables that say which interface to use: HCCL_IF_IP takes an address, all others a name."""
-    row = VENDORS.get(node.vendor)
-    named = {"GLOO_SOCKET_IFNAME"} | {name for name in (row.network_variables.value if row else ())}
-    variables = {name: interface for name in named if name.endswith("_SOCKET_IFNAME") and interface}
-    return variables | ({"HCCL_IF_IP": address} if "HCCL_IF_IP" in named else {})
-
-
-def visible_variables(node: Node) -> dict[str, str]:
-    """The vendor's variable that says which devices the node's ranks may see."""
-    if node.visible_devices is None:
-        return {}
-    row = VENDORS.get(node.vendor)
-    names = row.visible_devices.value if row else None
-    if not isinstance(names, tuple):
-        raise ConfigError(f"{node.name}: visible_devices: vendor {node.vendor} has no variable for it; use env")
-    return {names[0]: node.visible_devices}
-
-
-def _guard(mark: str) -> subprocess.Popen:
-    """A process that outlives this one for a moment and sweeps up when it dies, however it dies."""
-    return subprocess.Popen(
-        [sys.executable, "-I", "-S", SWEEP, mark],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
 
 
 def _watch(lifeline: int, events: queue.SimpleQueue[int]) -> None:

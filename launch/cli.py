@@ -199,6 +199,10 @@ def _launch(
     options.engine = options.engine or ("local" if options.nnodes in (None, "1", "1:1") else "torchrun")
     if options.max_restarts != 0:
         raise ConfigError(f"--max-restarts {options.max_restarts}: restarts are not there yet; use --max-restarts 0")
+    if options.rdzv_endpoint:
+        if options.master_addr or options.master_port:
+            raise ConfigError("--rdzv-endpoint and --master-addr/--master-port say the same thing; give one of them")
+        options.master_addr, options.master_port = options.rdzv_endpoint
     if options.engine != "local":
         return _launch_nodes(options, job, target, clean_stdout, files, predict)
     cluster = _local_cluster(options)
@@ -303,7 +307,7 @@ def _devices(cluster: Cluster) -> list[tuple[Node, int]]:
 
 def _plan_ranks(options: argparse.Namespace, cluster: Cluster, job: str, target: list[str]) -> list[Rank]:
     size = cluster.num_ranks
-    address, port = _meeting_point(options)
+    address, port = options.master_addr or "127.0.0.1", options.master_port or free_port()
     cores = available_cores()
     ranks = []
     for number, node in enumerate(cluster.rank_nodes()):
@@ -319,18 +323,6 @@ def _plan_ranks(options: argparse.Namespace, cluster: Cluster, job: str, target:
         command = (node.python or sys.executable, "-m", "moe_runtime.launch.worker", *target)
         ranks.append(Rank(command, {**env, **node.env}, f"rank {number}"))
     return ranks
-
-
-def _meeting_point(options: argparse.Namespace) -> tuple[str, int]:
-    """Where rank 0 listens: --rdzv-endpoint, or --master-addr and --master-port, or a free port of loopback."""
-    address, port = options.master_addr, options.master_port
-    if options.rdzv_endpoint:
-        if address or port:
-            raise ConfigError("--rdzv-endpoint and --master-addr/--master-port say the same thing; give one of them")
-        address, port = options.rdzv_endpoint
-    if not port:
-        port = free_port()
-    return address or "127.0.0.1", port
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,7 +10,6 @@ import os
 import queue
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -20,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from ..core.environment import inherited, with_launcher_pid
 from ..core.errors import ConfigError
 from .output import LineCutter, Sink, failure_text, is_shown
+from .process import say, signal_name, signals_to, start, start_guard
 
 _DRAIN_SECONDS = 2.0  # for output still in the pipes after everyone was killed
 
@@ -97,18 +96,9 @@ class _Running:
         self.ending = ""
         self.log_path = log_dir / f"{rank.label.replace(' ', '_')}.log"
         self.stderr_tail: deque[str] = deque(maxlen=500)
-        env = with_launcher_pid(inherited(rank.env), os.getpid())
         try:
             log_file = self.log_path.open("wb", buffering=0)
-            self.process = subprocess.Popen(
-                rank.argv,
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                bufsize=0,
-                start_new_session=True,
-            )
+            self.process = start(rank.argv, rank.env)
         except OSError as error:
             raise ConfigError(f"cannot start {rank.label}: {error}") from None
         log = Sink(log_file.fileno(), lambda error: say(f"{self.log_path}: {error}; the log stops here"))
@@ -198,20 +188,6 @@ def _signal_groups(running: list[_Running], number: int) -> None:
             os.killpg(rank.process.pid, number)
 
 
-@contextmanager
-def signals_to(events: queue.SimpleQueue) -> Iterator[None]:
-    """Turn signals to the launcher into events; SimpleQueue.put is safe inside a handler."""
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup stays in force
-        numbers.append(signal.SIGHUP)
-    before = {number: signal.signal(number, lambda received, frame: events.put(received)) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 # Ranks die with the launcher by themselves (worker.py), their children do not. The guard outlives the launcher for a
 # moment: its stdin ends when the launcher dies, even by SIGKILL, and it kills the groups it was told about.
 _GUARD = """
@@ -226,15 +202,7 @@ for group in [int(line) for line in sys.stdin]:
 
 @contextmanager
 def _guard() -> Iterator[Callable[[int], None]]:
-    guard = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", _GUARD, "moe-launch-guard"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        bufsize=0,
-        start_new_session=True,
-    )
-
+    guard = start_guard("-c", _GUARD, "moe-launch-guard")
     told = guard.stdin
     assert told is not None  # it is a pipe
 
@@ -248,14 +216,3 @@ def _guard() -> Iterator[Callable[[int], None]]:
         guard.kill()
         guard.wait()
         told.close()
-
-
-def signal_name(number: int) -> str:
-    """SIGTERM for 15."""
-    return {entry.value: entry.name for entry in signal.Signals}.get(number, f"signal {number}")
-
-
-def say(text: str) -> None:
-    """One line of the launcher's own, on stderr."""
-    with suppress(OSError):  # stderr may be the very pipe that nobody reads any more
-        print(f"moe-launch: {text}", file=sys.stderr, flush=True)

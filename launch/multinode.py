@@ -14,9 +14,10 @@ from ..core import environment
 from ..core.cluster import Cluster, Node, load_cluster
 from ..core.errors import ConfigError
 from . import preflight
-from .agent import Job, run_node
+from .agent import run_node
 from .engines import mpi, slurm, ssh
-from .local import say
+from .job import Job
+from .process import say
 
 ENGINES = ("torchrun", "ssh", "slurm", "mpi")
 _PORT = 29500  # torchrun's default
@@ -115,10 +116,6 @@ def _engine_args(options: argparse.Namespace) -> list[str]:
 
 def _meeting_point(options: argparse.Namespace, cluster: Cluster) -> tuple[str, int]:
     address, port = options.master_addr, options.master_port
-    if options.rdzv_endpoint:
-        if address or port:
-            raise ConfigError("--rdzv-endpoint and --master-addr/--master-port say the same thing; give one of them")
-        address, port = options.rdzv_endpoint
     if not address and options.cluster and (options.engine != "slurm" or cluster.nodes[0].host != "localhost"):
         address = cluster.nodes[0].host
     allocation = environment.slurm_allocation() if options.engine == "slurm" else None

@@ -134,19 +134,11 @@ def digest(path: str) -> str:
 
 def interface_of(address: str) -> str | None:
     """The network interface that has this IPv4 address."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            try:
-                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-            except OSError:  # it has no IPv4 address
-                continue
-            if socket.inet_ntoa(answer[20:24]) == address:
-                return name
-    return None
+    return next((name for _, name in socket.if_nameindex() if address_of(name) == address), None)
 
 
 def address_of(interface: str) -> str | None:
-    """The IPv4 address of a network interface."""
+    """The IPv4 address of a network interface, None where it has none."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))

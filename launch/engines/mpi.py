@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from ...core import environment
 from ...core.errors import ConfigError
-from ..agent import Job, network_variables, visible_variables
+from ..job import Job, network_variables, visible_variables
 
 # Open MPI refuses root and more ranks than cores unless told; its binding would put gloo's thread on the rank's core.
 _OPEN_MPI = ("--bind-to", "none", "--map-by", ":OVERSUBSCRIBE")

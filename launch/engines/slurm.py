@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from ...core import environment
 from ...core.errors import ConfigError
-from ..agent import Job
+from ..job import Job
 
 
 def command(job: Job, srun_args: Sequence[str]) -> list[str]:

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from ...core.errors import ConfigError
-from ..agent import Job
-from ..local import say, signals_to
+from ..job import Job
+from ..process import say, signals_to
 
 _SSH_FAILED = 255  # ssh(1), EXIT STATUS
 _TOGETHER_S = 30.0

@@ -1,0 +1,68 @@
+"""A job over several hosts, as all its agents are told it, and the variables that a node's ranks get."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+from ..comm.vendors import VENDORS
+from ..core.cluster import Node
+from ..core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all agents of a job are told alike. nodes: in rank order; address, port: where node 0's controller listens.
+
+    target: the worker's arguments. files: what every node must have, the same. wait_s: for all nodes to come.
+    one_terminal: all agents write to one place, so only node 0 tells what concerns the whole job. tee: see is_shown.
+    """
+
+    name: str
+    nodes: tuple[Node, ...]
+    address: str
+    port: int
+    secret: str
+    target: tuple[str, ...]
+    files: tuple[str, ...]
+    log_dir: str
+    clean_stdout: bool = False
+    threads: int | None = None
+    shutdown_timeout: float = 10.0
+    wait_s: float = 120.0
+    engine: str = "torchrun"
+    engine_args: tuple[str, ...] = ()
+    one_terminal: bool = False
+    tee: str | None = None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> Job:
+        """Raises ConfigError for anything that is not a job."""
+        try:
+            table = json.loads(text)
+            lists = {key: tuple(value) for key, value in table.items() if isinstance(value, list)}
+            return Job(**{**table, **lists, "nodes": tuple(Node(**node) for node in table["nodes"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConfigError(f"this is no job of moe-launch's ({error}); an agent is started by an engine") from None
+
+
+def network_variables(node: Node, address: str, interface: str) -> dict[str, str]:
+    """The vendor's variables that say which interface to use: HCCL_IF_IP takes an address, all others a name."""
+    row = VENDORS.get(node.vendor)
+    named = {"GLOO_SOCKET_IFNAME"} | {name for name in (row.network_variables.value if row else ())}
+    variables = {name: interface for name in named if name.endswith("_SOCKET_IFNAME") and interface}
+    return variables | ({"HCCL_IF_IP": address} if "HCCL_IF_IP" in named else {})
+
+
+def visible_variables(node: Node) -> dict[str, str]:
+    """The vendor's variable that says which devices the node's ranks may see."""
+    if node.visible_devices is None:
+        return {}
+    row = VENDORS.get(node.vendor)
+    names = row.visible_devices.value if row else None
+    if not isinstance(names, tuple):
+        raise ConfigError(f"{node.name}: visible_devices: vendor {node.vendor} has no variable for it; use env")
+    return {names[0]: node.visible_devices}
