@@ -168,10 +168,16 @@ def _controller(job: Job) -> threading.Thread:
 
 def _resolve(job: Job) -> str:
     """The address of node 0 as this host sees it. A name that means loopback here means another host elsewhere."""
-    try:
-        address = socket.gethostbyname(job.address)
-    except OSError as error:
-        raise ConfigError(f"{job.address}, the host of {job.nodes[0].name}, is not known here ({error})") from None
+    ends = time.monotonic() + (job.wait_s if job.engine == "k8s" else 0.0)  # a pod has no name before it runs
+    while True:
+        try:
+            address = socket.gethostbyname(job.address)
+            break
+        except OSError as error:
+            if time.monotonic() >= ends:
+                told = f"{job.address}, the host of {job.nodes[0].name}, is not known here ({error})"
+                raise ConfigError(told) from None
+        time.sleep(0.5)
     if len(job.nodes) > 1 and address.startswith("127.") and not environment.is_loopback(job.address):
         raise ConfigError(
             f"{job.address} is {address} here, which other hosts cannot reach; give --master-addr with its address"

@@ -393,7 +393,7 @@ def _add_launch_options(group: Any) -> None:
     _add(group, "--cluster", metavar="FILE", help="cluster file: the nodes, their devices and speeds")
     lines = "the same as --cluster, for lines such as `host slots=8 type=ascend`"
     group.add_argument("-H", "--hostfile", dest="cluster", metavar="FILE", default=argparse.SUPPRESS, help=lines)
-    engines = "local (one host), torchrun (call it on every host), ssh, slurm or mpi (call it once)"
+    engines = "local (one host), torchrun (call it on every host), ssh, slurm or mpi (call it once), k8s (prints YAML)"
     _add(group, "--engine", metavar="NAME", help=engines)
     passed = "the engine's own options, such as --engine-args='--partition=gpu' (repeatable)"
     _add(group, "--engine-args", action="append", metavar="WORDS", help=passed)

@@ -8,6 +8,7 @@ import secrets
 import shlex
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..core import environment
@@ -15,11 +16,11 @@ from ..core.cluster import Cluster, Node, load_cluster
 from ..core.errors import ConfigError
 from . import preflight
 from .agent import run_node
-from .engines import mpi, slurm, ssh
+from .engines import k8s, mpi, slurm, ssh
 from .job import Job
 from .process import say
 
-ENGINES = ("torchrun", "ssh", "slurm", "mpi")
+ENGINES = ("torchrun", "ssh", "slurm", "mpi", "k8s")
 _PORT = 29500  # torchrun's default
 
 
@@ -35,7 +36,7 @@ def cluster_of(options: argparse.Namespace) -> Cluster:
         if options.nproc_per_node:
             raise ConfigError(f"--nproc-per-node: {options.cluster} says how many devices each node has; leave it out")
         return cluster
-    if options.engine in ("ssh", "mpi"):
+    if options.engine in ("ssh", "mpi", "k8s"):
         raise ConfigError(f"--engine {options.engine}: give --cluster FILE or --hostfile FILE, which say the hosts")
     allocation = environment.slurm_allocation() if options.engine == "slurm" else None
     count = wanted or (allocation[2] if allocation else 1)
@@ -47,9 +48,12 @@ def make_job(
 ) -> Job:
     """What the agents of all nodes are told."""
     by_hand = options.engine == "torchrun"
-    address, port = _meeting_point(options, cluster := cluster_of(options))
+    cluster = cluster_of(options)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     unique = name if by_hand or options.rdzv_id else f"{name}-{stamp}-{secrets.token_hex(2)}"
+    if options.engine == "k8s":
+        unique = name if options.rdzv_id else k8s.job_name(name)
+    address, port = _meeting_point(options, cluster, unique)
     return Job(
         name=unique,
         nodes=cluster.nodes,
@@ -65,7 +69,7 @@ def make_job(
         wait_s=options.start_timeout,
         engine=options.engine,
         engine_args=tuple(_engine_args(options)) if by_hand else (),
-        one_terminal=not by_hand,
+        one_terminal=options.engine in ("ssh", "slurm"),
         tee=options.tee,
     )
 
@@ -75,6 +79,10 @@ def launch(options: argparse.Namespace, job: Job) -> int:
     if job.engine == "mpi":
         say("mpirun starts the ranks: no preflight, and no log files but those of its own options")
         mpi.run(job, _engine_args(options))
+    if job.engine == "k8s":
+        print(k8s.manifest(job, _engine_args(options)), end="")
+        say(f"job {job.name}: apply this with kubectl apply -f FILE; it holds the job's secret, keep it to yourself")
+        return 0
     number = node_rank(options, job.nodes) if job.engine == "torchrun" else -1
     say(f"job {job.name}: {len(job.nodes)} node{'s'[: len(job.nodes) != 1]}, logs in {job.log_dir} on each")
     if job.engine == "ssh":
@@ -92,6 +100,8 @@ def commands(options: argparse.Namespace, job: Job) -> list[str]:
         return [shlex.join(ssh.command(job, number, _engine_args(options))) for number in range(len(job.nodes))]
     if job.engine == "mpi":
         return [shlex.join(mpi.command(job, _engine_args(options)))]
+    if job.engine == "k8s":
+        return [k8s.manifest(replace(job, secret="(secret)"), _engine_args(options))]
     if job.engine == "slurm":
         return [shlex.join(slurm.command(job, _engine_args(options)))]
     return [f"on {node.host}: this command with --node-rank {n}" for n, node in enumerate(job.nodes)]
@@ -114,8 +124,10 @@ def _engine_args(options: argparse.Namespace) -> list[str]:
     return [word for words in options.engine_args or () for word in shlex.split(words)]
 
 
-def _meeting_point(options: argparse.Namespace, cluster: Cluster) -> tuple[str, int]:
+def _meeting_point(options: argparse.Namespace, cluster: Cluster, name: str) -> tuple[str, int]:
     address, port = options.master_addr, options.master_port
+    if not address and options.engine == "k8s":
+        address = k8s.first_address(name)
     if not address and options.cluster and (options.engine != "slurm" or cluster.nodes[0].host != "localhost"):
         address = cluster.nodes[0].host
     allocation = environment.slurm_allocation() if options.engine == "slurm" else None

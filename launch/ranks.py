@@ -45,7 +45,10 @@ class Ranks:
         self._folder = Path(tempfile.mkdtemp(prefix="moe-launch-"))
         self._failures = self._folder / "failures.json"
         self._log_dir = Path(job.log_dir)
-        self._log_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            self._log_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--log-dir {job.log_dir}: {error.strerror} here; name a folder of every host") from None
         self._tails: dict[int, deque[str]] = {}
         self._told = False
         sources = [self._pipe(rank, stream) for rank in range(self._count) for stream in ("out", "err")]

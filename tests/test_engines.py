@@ -17,11 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import yaml
 from families import write_checkpoint
 from hosts import MOE_LAUNCH, Hosts, Slurm
 from test_jobs import CONFIG
 
 from moe_runtime.launch.bench.world import find_mpirun
+from moe_runtime.launch.engines import k8s
 from moe_runtime.launch.sweep import marked
 
 DEADLINE = 120.0
@@ -484,6 +486,88 @@ def test_mpirun_in_its_mpmd_form(checkpoint, alone, tmp_path):
     script.write_text(script.read_text() + "time.sleep(60)\n")
     assert run([*MOE_LAUNCH, "run", *engine, script], cwd=tmp_path, timeout=40).returncode == 3
     assert_nothing_left(tmp_path)
+
+
+# ---- Kubernetes: its manifest, and pods played by hosts (emulated: no kubelet here) --------------------------------
+
+
+def manifest(cluster, *words, options=("--image any",)):
+    engine = ["--engine", "k8s", "--cluster", cluster, *(f"--engine-args={option}" for option in options)]
+    return run([*MOE_LAUNCH, words[0], *engine, *words[1:]])
+
+
+def test_the_pods_of_a_manifest_generate_as_one_process(two, checkpoint, alone, tmp_path):
+    python = (sys.executable, sys.executable)
+    cluster = cluster_file(tmp_path, two.addresses, python=python)
+    cluster.write_text(cluster.read_text() + 'env = { OF_POOL = "b" }\n')
+    where = ["--master-addr", two.addresses[0], "--threads-per-rank", "1", "--log-dir", tmp_path / "logs"]
+    made = manifest(cluster, "generate", *where, "--model", checkpoint, *GENERATE)
+    assert made.returncode == 0, made.stderr
+    secret, *pools = yaml.safe_load_all(made.stdout)
+    assert [document["kind"] for document in (secret, *pools)] == ["Secret", "TrainJob", "TrainJob"]
+    pods = []
+    for n, pool in enumerate(pools):
+        trainer = pool["spec"]["trainer"]
+        assert trainer["numNodes"] == 1 and "resourcesPerNode" not in trainer
+        given = {item["name"]: item.get("value", secret["stringData"]["job"]) for item in trainer["env"]}
+        assert given["MOE_RUNTIME_FIRST_NODE"] == str(n) and given.get("OF_POOL") == (None, "b")[n]
+        of_trainer = {"JOB_COMPLETION_INDEX": "0", "PET_NNODES": "7", "PET_NODE_RANK": "3", "PET_STANDALONE": "1"}
+        pods.append(
+            subprocess.Popen(
+                two.on(n, *trainer["command"]),
+                env={**os.environ, **of_trainer, **given},
+                cwd=tmp_path,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    ended = [pod.communicate(timeout=DEADLINE) for pod in pods]
+    assert [pod.returncode for pod in pods] == [0, 0], ended
+    assert [result["text"] for result in json.loads(ended[0][0])["results"]] == alone
+    assert_nothing_left(tmp_path)
+
+
+def test_a_manifest_asks_for_each_vendors_devices(tmp_path):
+    cluster = Path(__file__).parents[1] / "configs" / "kubernetes.toml"
+    words = ("run", "-m", "moe_runtime.launch.jobs.custom")
+    options = ["--image ascend=a:1 --image c:2", "--resource ascend=huawei.com/Ascend910 --namespace mine"]
+    refused = manifest(cluster, *words, options=options)
+    assert refused.returncode == 2 and "what does this cluster call a device of nvidia?" in refused.stderr
+    made = manifest(cluster, *words, options=[*options, "--resource nvidia=nvidia.com/gpu --runtime nvidia=of-nvidia"])
+    secret, ascend, nvidia = yaml.safe_load_all(made.stdout)
+    assert {document["metadata"]["namespace"] for document in (secret, ascend, nvidia)} == {"mine"}
+    job, name = json.loads(secret["stringData"]["job"]), ascend["metadata"]["name"]
+    assert job["address"] == f"{name}-node-0-0.{name}" and len(job["secret"]) == 64
+    for pool, nodes, image, runtime, devices in (
+        (ascend, 2, "a:1", "torch-distributed", {"huawei.com/Ascend910": 8}),
+        (nvidia, 1, "c:2", "of-nvidia", {"nvidia.com/gpu": 4}),
+    ):
+        trainer = pool["spec"]["trainer"]
+        assert (trainer["numNodes"], trainer["image"]) == (nodes, image)
+        assert pool["spec"]["runtimeRef"]["name"] == runtime
+        assert trainer["resourcesPerNode"] == {"requests": devices, "limits": devices}
+    shown = run([*MOE_LAUNCH, "run", "--engine", "k8s", "--cluster", cluster, "--dry-run",
+                 "--engine-args=--image x --resource y", *words[1:]])  # fmt: skip
+    assert shown.returncode == 0 and "(secret)" in shown.stdout
+
+
+@pytest.mark.parametrize("change, told", [
+    (lambda job: job["metadata"].clear(), "metadata.name is required"),
+    (lambda job: job["metadata"].update(name="Big"), "must be a DNS label"),
+    (lambda job: job["metadata"].update(name="a" * 60), "too long for its pods' host names"),
+    (lambda job: job["spec"].pop("runtimeRef"), "spec.runtimeRef.name is required"),
+    (lambda job: job["spec"]["trainer"].update(image="i" * 501), "more than 500"),
+    (lambda job: job["spec"]["trainer"].update(command=["x"] * 129), "more than 128 words"),
+    (lambda job: job["spec"]["trainer"]["env"].append({"name": "A"}), "a name of its own"),
+    (lambda job: job["spec"]["trainer"]["env"].append({"name": "PET_NNODES"}), "PET_ is the trainer's own"),
+])  # fmt: skip
+def test_rules_of_the_manifest(change, told):
+    trainer = {"image": "i", "command": ["c"], "env": [{"name": "A", "value": "1"}]}
+    job = {"kind": "TrainJob", "metadata": {"name": "a"}, "spec": {"runtimeRef": {"name": "r"}, "trainer": trainer}}
+    assert k8s.broken_rules(job) == []
+    change(job)
+    assert told in k8s.broken_rules(job)[0]
 
 
 def test_the_loop_to_copy_learns_on_any_number_of_ranks():

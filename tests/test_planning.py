@@ -196,6 +196,17 @@ def test_a_calibration_that_is_none_is_refused(capsys, tmp_path, text, told):
     assert code == 2 and "say the same thing" in err
 
 
+def test_deepseek_v3_on_seven_vendors_fits_and_a_dry_run_shows_every_rank(capsys):
+    words = ["generate", "--engine", "ssh", "--cluster", ROOT / "configs/seven-vendors.toml", "--prompt", "Hello"]
+    code, out, err = launch(capsys, *words, "--model", ROOT / "configs/deepseek-v3", "--keep-fp8", "--dry-run")
+    assert code == 0, err
+    lines = out.splitlines()
+    ranks = [line for line in lines if line.startswith("rank ")]
+    assert len(ranks) == 64 and len({line.split("island ")[1] for line in ranks}) == 7
+    assert sum("4 slots for 256 experts in each of 58 layers: 9.5 GiB (fp8)" in line for line in lines) == 64
+    assert sum(line.startswith("ssh ") for line in lines) == 7
+
+
 # ---------------------------------------------------------------- simulate
 
 

@@ -47,6 +47,7 @@ _OTHER_LAUNCHERS = (
 _LAUNCHER_PID = "MOE_RUNTIME_LAUNCHER_PID"
 OUTPUT = "MOE_RUNTIME_OUTPUT"  # a folder with the pipes that a node's ranks write to
 ENGINE_JOB = "MOE_RUNTIME_JOB"  # a job, for agents that an engine starts without a stdin of their own
+FIRST_NODE = "MOE_RUNTIME_FIRST_NODE"  # the number of the first node of this pool of pods
 
 
 def _integer(env: Mapping[str, str], name: str, default: int | None = None) -> int:
@@ -197,8 +198,16 @@ def unless_set(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 def job_of_engine() -> tuple[str, int, str]:
-    """The job that an engine passes in the environment, which task of it this is, and its host (Slurm's)."""
+    """The job that an engine passes in the environment, which task of it this is, and its host (Slurm's).
+
+    Under Kubernetes the task is the pod's place in its Job (JOB_COMPLETION_INDEX; source: Kubernetes, Indexed Jobs)
+    after the pools before it; torchrun would take its trainer's PET_ variables for options, so they go.
+    """
     text = os.environ.pop(ENGINE_JOB, "")
+    if text and FIRST_NODE in os.environ:
+        for name in [name for name in os.environ if name.startswith("PET_")]:
+            del os.environ[name]
+        return text, _integer(os.environ, FIRST_NODE) + _integer(os.environ, "JOB_COMPLETION_INDEX"), ""
     if not text or "SLURM_NODEID" not in os.environ:
         raise ConfigError("no job and node in the environment; an agent is started by an engine of moe-launch")
     return text, _integer(os.environ, "SLURM_PROCID"), os.environ.get("SLURMD_NODENAME", "")
