@@ -26,7 +26,7 @@ from ..core.cluster import Cluster
 from ..core.errors import ConfigError
 from . import preflight, records
 from .control import BEAT_S, SILENCE_S, Controller, Link, Message, serve
-from .job import Job
+from .job import Job, next_attempt
 from .machine import free_port
 from .process import say, signal_name, signals_to
 from .ranks import Ranks
@@ -42,19 +42,30 @@ def run_node(job: Job, number: int, lifeline: int | None = None) -> int:
     events: queue.SimpleQueue[int] = queue.SimpleQueue()
     if lifeline is not None:
         threading.Thread(target=_watch, args=(lifeline, events), daemon=True).start()
-    served = _controller(job) if number == 0 else None
     with signals_to(events):
-        agent = _Agent(job, number, events)
-        try:
-            code = agent.run()
-        except USER_ERRORS as error:
-            agent.give_up(one_line(error))
-            raise
-        finally:
-            agent.close()
+        while True:
+            code, again = _attempt(job, number, events)
+            if not again:
+                return code
+            job = next_attempt(job)
+            if number == 0 or not job.one_terminal:
+                say(f"starting all ranks again ({job.attempt} of at most {job.max_restarts} restarts)")
+
+
+def _attempt(job: Job, number: int, events: queue.SimpleQueue[int]) -> tuple[int, bool]:
+    """Take part until the ranks have ended: the exit code, and whether all agents are to begin again."""
+    served = _controller(job) if number == 0 else None
+    agent = _Agent(job, number, events)
+    try:
+        code = agent.run()
+    except USER_ERRORS as error:
+        agent.give_up(one_line(error))
+        raise
+    finally:
+        agent.close()
     if served is not None:
         served.join(job.shutdown_timeout + 10.0)
-    return code
+    return code, agent.again
 
 
 class _Agent:
@@ -66,6 +77,7 @@ class _Agent:
         self._mark = secrets.token_hex(8)
         self._ranks: Ranks | None = None
         self._signals: list[int] = []  # that this agent got
+        self.again = False  # the controller wants all ranks started once more
         self._record = records.write(
             job.name, engine=job.engine, address=job.address, port=job.port, secret=job.secret, log_dir=job.log_dir
         )
@@ -92,6 +104,7 @@ class _Agent:
                 elif order["kind"] == "go" and self._ranks is None:
                     self._ranks = Ranks(self._job, self._number, address, facts["interface"], order, self._mark)
                 elif order["kind"] in ("stop", "refuse"):
+                    self.again = bool(order.get("restart")) and not self._signals
                     return self._end(order["code"], order["why"])
             silence = time.monotonic() - heard
             if silence > (self._job.wait_s if self._ranks is None else SILENCE_S):
@@ -138,7 +151,8 @@ class _Agent:
             if killed := self._ranks.stop(self._job.shutdown_timeout):
                 say(f"{self._node.name}: {killed} did not stop within {self._job.shutdown_timeout:g} s and got SIGKILL")
         self._link.send({"kind": "gone", "node": self._number, "mark": self._mark})
-        records.end(self._record, code)
+        if not self.again:
+            records.end(self._record, code)
         if why and self._speaks:
             for line in why.splitlines() if self._ranks is None else [why]:
                 say(f"error: {line}" if code == USER_ERROR_CODE and self._ranks is None else line)
@@ -162,7 +176,8 @@ def _controller(job: Job) -> threading.Thread:
     def start() -> Message:
         return {"devices": devices, "store_port": free_port(job.address)}
 
-    controller = Controller(names, check, start, job.wait_s, job.shutdown_timeout, time.monotonic())
+    left = job.attempt < job.max_restarts
+    controller = Controller(names, check, start, job.wait_s, job.shutdown_timeout, time.monotonic(), left)
     return serve(controller, job.address, job.port, bytes.fromhex(job.secret))
 
 

@@ -197,8 +197,8 @@ def _launch(
     """
     job = re.sub(r"[^\w.-]", "_", options.rdzv_id or job)
     options.engine = options.engine or ("local" if options.nnodes in (None, "1", "1:1") else "torchrun")
-    if options.max_restarts != 0:
-        raise ConfigError(f"--max-restarts {options.max_restarts}: restarts are not there yet; use --max-restarts 0")
+    if options.max_restarts and options.engine == "mpi":
+        raise ConfigError("--max-restarts: mpirun does not start ranks again; leave it out, or use another engine")
     if options.rdzv_endpoint:
         if options.master_addr or options.master_port:
             raise ConfigError("--rdzv-endpoint and --master-addr/--master-port say the same thing; give one of them")
@@ -221,11 +221,17 @@ def _launch(
         raise ConfigError(f"--log-dir {log_dir}: cannot make this folder ({error.strerror})") from None
     print(f"moe-launch: {len(ranks)} rank{'s'[: len(ranks) != 1]}, logs in {log_dir}", file=sys.stderr)
     record = records.write(log_dir.name, engine="local", log_dir=str(log_dir.absolute()))
-    code = run_ranks(
-        ranks, log_dir, shutdown_timeout=options.shutdown_timeout, clean_stdout=clean_stdout, tee=options.tee
-    )
-    records.end(record, code)
-    return code
+    settings = {"shutdown_timeout": options.shutdown_timeout, "clean_stdout": clean_stdout, "tee": options.tee}
+    ended = run_ranks(ranks, log_dir, **settings)
+    for attempt in range(1, options.max_restarts + 1):
+        if not ended.may_restart:
+            break
+        again = f"starting all ranks again ({attempt} of at most {options.max_restarts} restarts)"
+        print(f"moe-launch: {again}", file=sys.stderr)
+        (logs := log_dir / f"restart_{attempt}").mkdir(exist_ok=True)
+        ended = run_ranks(_plan_ranks(options, cluster, job, target, attempt), logs, **settings)
+    records.end(record, ended.code)
+    return ended.code
 
 
 def _launch_nodes(
@@ -305,7 +311,9 @@ def _devices(cluster: Cluster) -> list[tuple[Node, int]]:
     return [(node, device) for node in cluster.nodes for device in range(node.devices)]
 
 
-def _plan_ranks(options: argparse.Namespace, cluster: Cluster, job: str, target: list[str]) -> list[Rank]:
+def _plan_ranks(
+    options: argparse.Namespace, cluster: Cluster, job: str, target: list[str], attempt: int = 0
+) -> list[Rank]:
     size = cluster.num_ranks
     address, port = options.master_addr or "127.0.0.1", options.master_port or free_port()
     cores = available_cores()
@@ -313,6 +321,7 @@ def _plan_ranks(options: argparse.Namespace, cluster: Cluster, job: str, target:
     for number, node in enumerate(cluster.rank_nodes()):
         env = rank_environment(number, size, number, size, address, port, max(1, cores // size))
         env |= {"TORCHELASTIC_RUN_ID": job, "TORCHELASTIC_USE_AGENT_STORE": "False"}
+        env |= {"TORCHELASTIC_RESTART_COUNT": str(attempt), "TORCHELASTIC_MAX_RESTARTS": str(options.max_restarts)}
         if options.threads_per_rank:
             env["OMP_NUM_THREADS"] = str(options.threads_per_rank)
         taken = sorted(node.env.keys() & env.keys() - {"OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "PYTHONUNBUFFERED"})
@@ -407,7 +416,8 @@ def _add_launch_options(group: Any) -> None:
     _add(group, "--log-dir", metavar="DIR", help="for rank_N.log (default: runs/<job>-<time>-<pid>)")
     shown = "what is shown, not only logged: 1 stdout, 2 stderr, 3 both (default), 0 none, or by rank: 0:3,2:1"
     _add(group, "-t", "--tee", type=_streams, metavar="WHICH", help=shown)
-    _add(group, "--max-restarts", type=count, default=0, metavar="N", help="only 0 for now")
+    again = "start all ranks again, at most N times, when one fails; they take up what they saved (default: 0)"
+    _add(group, "--max-restarts", type=count, default=0, metavar="N", help=again)
     _add(group, "--threads-per-rank", type=at_least_1, metavar="N", help="OMP_NUM_THREADS (default: cores / ranks)")
     wait = "from asking a rank to stop to killing it (default: 10)"
     _add(group, "--shutdown-timeout", type=_seconds, default=10.0, metavar="SECONDS", help=wait)

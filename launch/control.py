@@ -19,6 +19,7 @@ from typing import Any
 
 from ..comm.messages import open_socket, pack, unpack, zmq
 from ..core.errors import ConfigError
+from .worker import USER_ERROR_CODE
 
 PROTOCOL = 1
 BEAT_S = 0.5
@@ -45,6 +46,7 @@ class Controller:
     """One job's membership and life. names[i]: the node that number i stands for.
 
     check(facts of all nodes) returns what does not fit together, one line for each; with any line nothing starts.
+    may_restart: a rank's failure, other than a user's mistake, tells the agents to begin again.
     """
 
     def __init__(
@@ -55,13 +57,15 @@ class Controller:
         wait_s: float,
         shutdown_s: float,
         now: float,
+        may_restart: bool = False,
     ) -> None:
         self._nodes = [_Node(name) for name in names]
         self._check, self._start = check, start
         self._wait_s, self._shutdown_s = wait_s, shutdown_s
         self._began, self._here = now, 0
         self.state = "gathering"
-        self.code, self.why = 0, ""
+        self.code, self.why, self.restart = 0, "", False
+        self._may_restart = may_restart
         self._failures: list[tuple[bool, int, str]] = []
         self._since = now  # of the present state, or of the first failure
 
@@ -122,11 +126,14 @@ class Controller:
             return []
         silent = [n for n in self._nodes if now - n.heard > SILENCE_S]
         if silent:
+            for node in silent:
+                node.gone = True  # nobody waits for them
             self._stop(1, f"{silent[0].name} has not been heard of for {SILENCE_S:g} s: host or network is down", now)
         elif self._failures:
             blames, code, why = min(self._failures, key=lambda failure: failure[0])
             if blames and now - self._since <= FIRST_FAILURE_S:
                 return []
+            self.restart = self._may_restart and code != USER_ERROR_CODE
             self._stop(code, why, now)
         elif all(node.ended for node in self._nodes):
             self._stop(0, "", now)
@@ -166,7 +173,9 @@ class Controller:
         if self.state == "gathering":
             missing = (node.name for node in self._nodes if not node.start_mark)
             return {"kind": "wait", "missing": list(itertools.islice(missing, 5))}  # all names to all were a square
-        return self._go if self.state == "running" else {"kind": "stop", "code": self.code, "why": self.why}
+        if self.state == "running":
+            return self._go
+        return {"kind": "stop", "code": self.code, "why": self.why, "restart": self.restart}
 
     def _to_all(self) -> Out:
         return [(node.sender, self._order()) for node in self._nodes if node.start_mark]

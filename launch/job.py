@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from ..comm.vendors import VENDORS
 from ..core.cluster import Node
@@ -15,6 +16,7 @@ class Job:
     """What all agents of a job are told alike. nodes: in rank order; address, port: where node 0's controller listens.
 
     target: the worker's arguments. files: what every node must have, the same. wait_s: for all nodes to come.
+    max_restarts: how often all ranks are started again after one failed; attempt: how often they were.
     one_terminal: all agents write to one place, so only node 0 tells what concerns the whole job. tee: see is_shown.
     """
 
@@ -34,6 +36,8 @@ class Job:
     engine_args: tuple[str, ...] = ()
     one_terminal: bool = False
     tee: str | None = None
+    max_restarts: int = 0
+    attempt: int = 0
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -47,6 +51,12 @@ class Job:
             return Job(**{**table, **lists, "nodes": tuple(Node(**node) for node in table["nodes"])})
         except (ValueError, TypeError, KeyError) as error:
             raise ConfigError(f"this is no job of moe-launch's ({error}); an agent is started by an engine") from None
+
+
+def next_attempt(job: Job) -> Job:
+    """The job begun again. Its messages have a key of their own: what is still on its way from before is dropped."""
+    secret = hashlib.sha256(bytes.fromhex(job.secret) + b"again").hexdigest()
+    return replace(job, secret=secret, attempt=job.attempt + 1)
 
 
 def network_variables(node: Node, address: str, interface: str) -> dict[str, str]:

@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from ..core.errors import ConfigError
 from .output import LineCutter, Sink, failure_text, is_shown
 from .process import say, signal_name, signals_to, start, start_guard
+from .worker import USER_ERROR_CODE
 
 _DRAIN_SECONDS = 2.0  # for output still in the pipes after everyone was killed
 
@@ -35,6 +36,13 @@ class Rank:
     label: str
 
 
+class Ended(NamedTuple):
+    """How a job ended. may_restart: a rank failed, and not by a mistake of the user's."""
+
+    code: int
+    may_restart: bool
+
+
 def run_ranks(
     ranks: Sequence[Rank],
     log_dir: Path,
@@ -42,13 +50,13 @@ def run_ranks(
     shutdown_timeout: float = 10.0,
     clean_stdout: bool = False,
     tee: str | None = None,
-) -> int:
-    """Start all ranks, wait for them, return the job's exit code. Call from the main thread.
+) -> Ended:
+    """Start all ranks, wait for them, return how the job ended. Call from the main thread.
 
-    0 when every rank ended with 0; the first failing rank's exit code, or 128 + the signal that killed it; 128 + the
-    signal that the launcher itself got. With `clean_stdout` only the first rank's stdout reaches stdout, byte for
-    byte, and everything else goes to stderr. tee: which lines are shown (is_shown). Raises ConfigError when a rank or a
-    log cannot be started.
+    Its code: 0 when every rank ended with 0; the first failing rank's exit code, or 128 + the signal that killed it;
+    128 + the signal that the launcher itself got. With `clean_stdout` only the first rank's stdout reaches stdout, byte
+    for byte, and everything else goes to stderr. tee: which lines are shown (is_shown). Raises ConfigError when a rank
+    or a log cannot be started.
     """
     events: queue.SimpleQueue[_Running | int] = queue.SimpleQueue()  # a rank that ended, or a signal's number
     console = [Sink(descriptor, lambda error: events.put(signal.SIGPIPE)) for descriptor in (1, 2)]
@@ -70,11 +78,11 @@ def run_ranks(
     if killed:
         say(f"{', '.join(killed)} did not stop and got SIGKILL")
     if isinstance(ending, int):
-        return 128 + ending
+        return Ended(128 + ending, False)
     if ending is None:
-        return 0
+        return Ended(0, False)
     say(ending.summary())
-    return ending.code
+    return Ended(ending.code, ending.code != USER_ERROR_CODE)
 
 
 class _Running:

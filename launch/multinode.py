@@ -71,6 +71,7 @@ def make_job(
         engine_args=tuple(_engine_args(options)) if by_hand else (),
         one_terminal=options.engine in ("ssh", "slurm"),
         tee=options.tee,
+        max_restarts=options.max_restarts,
     )
 
 

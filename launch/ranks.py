@@ -58,6 +58,7 @@ class Ranks:
             **visible_variables(node),
             "PYTHONUNBUFFERED": "1",
             environment.OUTPUT: str(self._folder),
+            environment.RESTARTS: f"{job.attempt}/{job.max_restarts}",
             _MARK: mark,
             **node.env,
         }

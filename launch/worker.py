@@ -14,7 +14,7 @@ import signal
 import sys
 from types import TracebackType
 
-from ..core.environment import take_launcher_pid, take_output
+from ..core.environment import take_launcher_pid, take_output, take_restarts
 from ..core.errors import CheckpointError, ConfigError, VendorUnavailable
 
 USER_ERRORS = (ConfigError, CheckpointError, VendorUnavailable)
@@ -30,6 +30,7 @@ def one_line(error: Exception) -> str:
 def main() -> int:
     die_with_launcher()
     _write_to(take_output())
+    take_restarts()
     faulthandler.enable()
     sys.excepthook = _show_without_shim
     try:

@@ -13,6 +13,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,15 @@ class Hosts:
         """Run a command on a host; it must succeed."""
         subprocess.run(self.on(host, *command), capture_output=True, text=True, check=True)
 
+    @contextmanager
+    def unplugged(self, host: int) -> Iterator[None]:
+        """While this lasts the host's cable is out: nothing arrives, and nobody is told."""
+        self._ip(f"link set {self._name}v{host} down")
+        try:
+            yield
+        finally:
+            self._ip(f"link set {self._name}v{host} up")
+
     def _ip(self, words: str) -> None:
         subprocess.run(["ip", *words.split()], capture_output=True, text=True, check=True)
 
@@ -145,7 +156,7 @@ class Slurm:
 SlurmctldHost={here}(127.0.0.1)
 SlurmctldPort={ports[0]}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.sock
+AuthInfo=socket={folder}/munge.sock,cred_expire=5
 MpiDefault=none
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -157,7 +168,8 @@ StateSaveLocation={folder}/state
 SlurmUser=root
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd_%n.log
-SchedulerType=sched/builtin
+SchedulerType=sched/backfill
+SchedulerParameters=bf_interval=1,batch_sched_delay=0
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 JobAcctGatherType=jobacct_gather/none

@@ -53,6 +53,23 @@ def test_a_job_starts_when_all_are_here_and_ends_when_all_have_ended_well():
     assert job.is_over(5.0)
 
 
+@pytest.mark.parametrize(("may", "code", "again"), [(True, 137, True), (False, 137, False), (True, 2, False)])
+def test_a_failed_rank_starts_all_again_where_that_may_help(may, code, again):
+    job = Controller(["a", "b"], lambda facts: [], lambda: {}, 10.0, 1.0, 0.0, may)
+    for n in (0, 1):
+        job.receive(b"%d" % n, hello(n), 1.0)
+    job.receive(b"1", beat(1, code=code, why="rank 1 failed", blames_peer=False), 2.0)
+    assert [(m["kind"], m["code"], m["restart"]) for _, m in job.tick(2.0)] == [("stop", code, again)] * 2
+
+
+def test_a_lost_host_starts_nothing_again():
+    job = Controller(["a", "b"], lambda facts: [], lambda: {}, 10.0, 1.0, 0.0, True)
+    for n in (0, 1):
+        job.receive(b"%d" % n, hello(n), 1.0)
+    job.receive(b"0", beat(0), 1.0 + SILENCE_S)
+    assert [m["restart"] for _, m in job.tick(2.0 + SILENCE_S)] == [False] * 2
+
+
 def test_missing_nodes_are_named_at_the_deadline_and_nothing_starts():
     job = controller("a", "b", "c")
     job.receive(b"1", hello(1), 1.0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -367,6 +368,41 @@ def test_no_process_is_left_whoever_is_killed(two, tmp_path, victim):
         assert not sleepers()
 
 
+def test_all_ranks_of_all_hosts_start_again_after_a_failure(two, tmp_path):
+    """The first time rank 2 dies after all have met, the second time all end well; both times they truly meet."""
+    text = """
+attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+import torch.distributed as dist
+import moe_runtime
+with moe_runtime.init({"timeout_s": 30}) as runtime:
+    met = [None] * runtime.size
+    dist.all_gather_object(met, attempt)
+    print("met", *met, flush=True)
+    if attempt == "0":
+        if rank == 2: os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(100)
+"""
+    cluster = cluster_file(tmp_path, two.addresses, emulate=())
+    script = job_script(tmp_path, text)
+    ran = run(over_ssh(two, cluster, "run", script, options=["--max-restarts", "2"]), cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr.count("rank 2 (node-b") == 1 and "killed by SIGKILL" in ran.stderr
+    assert ran.stderr.count("starting all ranks again (1 of at most 2 restarts)") == 1
+    assert sorted(re.findall(r"\[rank (\d)\] met 1 1 1 1", ran.stdout)) == ["0", "1", "2", "3"]
+    assert_nothing_left(tmp_path)
+
+
+def test_a_host_that_vanishes_while_running_is_named_and_leaves_nothing(two, tmp_path):
+    with sleeping(two, tmp_path) as process, two.unplugged(1):
+        began = time.monotonic()
+        assert process.wait(60) == 1
+        took = time.monotonic() - began
+        assert_nothing_left(tmp_path, 20)  # the lost host cleans up by itself
+    assert "node-b has not been heard of for 15 s: host or network is down" in (tmp_path / "out").read_text()
+    assert 14 < took < 45, took
+    assert not sleepers()
+
+
 def test_status_and_stop_from_a_node(two, tmp_path):
     """Agents write their records where the job's user keeps such; hosts here share the file system."""
     with sleeping(two, tmp_path) as process:
@@ -434,6 +470,65 @@ def test_scancel_ends_all_ranks(slurm, tmp_path):
         process.wait()
     assert_nothing_left(tmp_path, 20)
     assert not sleepers()
+
+
+def batch_file(folder, cluster, *words):
+    path = folder / "job.sbatch"
+    command = shlex.join(map(str, under_slurm(cluster, *words)))
+    path.write_text(
+        f"#!/bin/bash\n#SBATCH --nodes=2 --requeue --open-mode=append --output={folder}/out\nexec {command}\n"
+    )
+    return path
+
+
+def test_sbatch_runs_generate_over_its_nodes(slurm, checkpoint, alone, tmp_path):
+    answers = tmp_path / "answers.jsonl"
+    words = ["generate", "--model", checkpoint, "--output", answers, *GENERATE[:-1]]
+    batch = batch_file(tmp_path, cluster_file(tmp_path, ["n1", "n2"]), *words)
+    ran = slurm.run("sbatch", "--wait", batch, cwd=tmp_path)
+    assert ran.returncode == 0, (tmp_path / "out").read_text()
+    assert [json.loads(line)["text"] for line in answers.read_text().splitlines()] == alone
+
+
+def test_a_heterogeneous_job_of_slurm(slurm, checkpoint, alone, tmp_path):
+    """Two components of one node each: what sbatch's manual calls hetjob."""
+    answers = tmp_path / "answers.jsonl"
+    words = ["generate", "--engine-args=--het-group=0,1", "--model", checkpoint, "--output", answers, *GENERATE[:-1]]
+    batch = batch_file(tmp_path, cluster_file(tmp_path, ["n1", "n2"]), *words)
+    lines = batch.read_text().replace("--nodes=2", "--nodes=1").splitlines()
+    batch.write_text("\n".join([*lines[:2], "#SBATCH hetjob", "#SBATCH --nodes=1", *lines[2:]]) + "\n")
+    ran = slurm.run("sbatch", "--wait", batch, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr + (tmp_path / "out").read_text()
+    assert [json.loads(line)["text"] for line in answers.read_text().splitlines()] == alone
+
+
+def test_a_requeued_job_starts_again_and_goes_on_from_what_its_script_saved(slurm, tmp_path):
+    text = f"""
+saved = "{tmp_path}/step"
+step = int(open(saved).read()) if os.path.exists(saved) else 0
+print("from", step, flush=True)
+while step < 60:
+    time.sleep(0.2)
+    step += 1
+    if rank == 0:
+        open(saved + ".new", "w").write(str(step))
+        os.replace(saved + ".new", saved)
+"""
+    batch = batch_file(tmp_path, cluster_file(tmp_path, ["n1", "n2"]), "run", job_script(tmp_path, text))
+    job = slurm.run("sbatch", "--parsable", batch, cwd=tmp_path).stdout.strip()
+    ends = time.monotonic() + 60
+    while not (tmp_path / "step").exists() or int((tmp_path / "step").read_text()) < 5:
+        assert time.monotonic() < ends, (tmp_path / "out").read_text()
+        time.sleep(0.1)
+    asked = slurm.run("scontrol", "requeue", job)
+    assert asked.returncode == 0, asked.stderr
+    ends = time.monotonic() + 150
+    while int((tmp_path / "step").read_text()) < 60 or slurm.run("squeue", "-h", "-j", job).stdout.strip():
+        assert time.monotonic() < ends, (tmp_path / "out").read_text() + slurm.run("squeue").stdout
+        time.sleep(0.3)
+    starts = [int(step) for step in re.findall(r"rank 0\] from (\d+)", (tmp_path / "out").read_text())]
+    assert starts[0] == 0 and len(starts) == 2 and 5 <= starts[1] < 60
+    assert_nothing_left(tmp_path)
 
 
 @pytest.mark.parametrize("transport", ["auto", "zeromq", "islands"])

@@ -244,6 +244,33 @@ def test_exit_codes_and_signals_are_passed_on(tmp_path, ending, code, said):
     assert said in result.stderr[result.stderr.index("moe-launch: rank 1 failed first") :]
 
 
+def test_all_ranks_start_again_after_a_failure_until_it_works(tmp_path):
+    job = script(
+        tmp_path,
+        """
+        attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+        print("attempt", attempt, "of", os.environ["TORCHELASTIC_MAX_RESTARTS"], flush=True)
+        if attempt < 2:
+            if rank == "1": os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(100)
+        """,
+    )
+    result = launch(tmp_path, "run", "--nproc-per-node", "2", "--max-restarts", "3", "--log-dir", "logs", job)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("rank 1 failed first: killed by SIGKILL") == 2
+    assert "moe-launch: starting all ranks again (2 of at most 3 restarts)\n" in result.stderr
+    assert "[rank 0] attempt 2 of 3\n" in result.stdout
+    for attempt, folder in enumerate(("logs", "logs/restart_1", "logs/restart_2")):
+        assert (tmp_path / folder / "rank_1.log").read_text() == f"attempt {attempt} of 3\n"
+
+
+@pytest.mark.parametrize(("ending", "code", "starts"), [("sys.exit(7)", 7, 2), ("sys.exit(2)", 2, 1), ("pass", 0, 1)])
+def test_restarts_end_and_a_users_mistake_is_made_once(tmp_path, ending, code, starts):
+    job = script(tmp_path, f"print('begun', flush=True)\n{ending}")
+    result = launch(tmp_path, "run", "--max-restarts", "1", job)
+    assert (result.returncode, result.stdout.count("begun")) == (code, starts)
+
+
 def test_a_users_mistake_in_a_rank_is_one_line_and_exit_code_2(tmp_path):
     job = script(
         tmp_path,
@@ -311,7 +338,7 @@ def test_a_dry_run_shows_each_command_and_starts_nothing(tmp_path):
         ("run --engine-args=-v job.py", "takes none"),
         ("stop nothing-of-this-name", "this host has no part in it"),
         ("run --node_rank 1 job.py", "one machine"),
-        ("run --max_restarts 3 job.py", "--max-restarts 0"),
+        ("run --max_restarts 3 --engine mpi job.py", "mpirun does not start ranks again"),
         ("run --engine slurm job.py", "nothing falls back to localhost"),
         ("run --master-port 70000 job.py", "1 to 65535"),
         ("run --rdzv-endpoint h:x job.py", "'x'"),

@@ -46,6 +46,7 @@ _OTHER_LAUNCHERS = (
 
 _LAUNCHER_PID = "MOE_RUNTIME_LAUNCHER_PID"
 OUTPUT = "MOE_RUNTIME_OUTPUT"  # a folder with the pipes that a node's ranks write to
+RESTARTS = "MOE_RUNTIME_RESTARTS"  # how often a job was started again, and how often at most: "1/3"
 ENGINE_JOB = "MOE_RUNTIME_JOB"  # a job, for agents that an engine starts without a stdin of their own
 FIRST_NODE = "MOE_RUNTIME_FIRST_NODE"  # the number of the first node of this pool of pods
 
@@ -190,6 +191,13 @@ def take_output() -> tuple[str, str] | None:
     folder = os.environ.pop(OUTPUT, "")
     local_rank = os.environ.get("LOCAL_RANK", "")
     return (f"{folder}/{local_rank}.out", f"{folder}/{local_rank}.err") if folder and local_rank.isdigit() else None
+
+
+def take_restarts() -> None:
+    """Tell this rank how often the whole job was started again, in torchrun's words: its agent counts its own only."""
+    count, sign, most = os.environ.pop(RESTARTS, "").partition("/")
+    if sign:
+        os.environ.update(TORCHELASTIC_RESTART_COUNT=count, TORCHELASTIC_MAX_RESTARTS=most)
 
 
 def unless_set(variables: Mapping[str, str]) -> dict[str, str]:
