@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from ..core.cluster import Cluster, Node, load_cluster
 from ..core.environment import is_loopback, rank_environment
@@ -24,6 +24,7 @@ from ..core.errors import ConfigError
 from . import records
 from .local import Rank, run_ranks
 from .machine import available_cores, free_port
+from .options import BothSpellings, Parser, PassOn, add, add_launch_options, seconds
 from .toml import read_toml
 from .worker import USER_ERROR_CODE, USER_ERRORS, one_line
 
@@ -335,18 +336,18 @@ def _plan_ranks(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="moe-launch", description="Start jobs of moe-runtime.", epilog=_EXAMPLES[None])
+    parser = Parser(prog="moe-launch", description="Start jobs of moe-runtime.", epilog=_EXAMPLES[None])
     commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command_name")
 
-    def add_command(name: str, what: str, command: Any) -> tuple[_Parser, Any]:
+    def add_command(name: str, what: str, command: Any) -> tuple[Parser, Any]:
         added = commands.add_parser(name, help=what, description=what, epilog=_EXAMPLES.get(name))
         added.set_defaults(command=command, job_arguments=[], json=False)
-        _add_launch_options(added.add_argument_group("launch options (torchrun's; underscores work as well)"))
+        add_launch_options(added.add_argument_group("launch options (torchrun's; underscores work as well)"))
         return added, added.add_argument_group("job options")
 
     run, _ = add_command("run", "Run any job script on every rank.", _run)
     run.add_argument("-m", "--module", action="store_true", help="SCRIPT is a module, as in python -m")
-    _add(run, "--no-python", action="store_true", help="SCRIPT is a program, not Python")
+    add(run, "--no-python", action="store_true", help="SCRIPT is a program, not Python")
     run.add_argument("--json", action="store_true", help="keep stdout for rank 0's output alone, unprefixed")
     run.add_argument("script", metavar="SCRIPT", help="the job script")
     run.add_argument("arguments", metavar="ARGS", nargs=argparse.REMAINDER, help="its arguments, passed on as they are")
@@ -358,12 +359,12 @@ def _parser() -> argparse.ArgumentParser:
     _, job = add_command("generate", "Generate text with the model's experts spread over the ranks.", _generate)
     _add_job_options(job, _GENERATE_OPTIONS)
     what = "one JSON object on stdout, everything else on stderr"
-    job.add_argument("--json", action=_PassOn, nargs=0, default=False, help=what)
+    job.add_argument("--json", action=PassOn, nargs=0, default=False, help=what)
 
     _, job = add_command("check", "Preflight, and conformance of a vendor's device and library.", _check)
     named = "a row of the vendor table (default: auto, the one that is here)"
     job.add_argument("--vendor", default="auto", metavar="NAME", help=named)
-    _add(job, "--timeout-s", type=_seconds, default=60.0, metavar="SECONDS", help="deadline of a probe (default: 60)")
+    add(job, "--timeout-s", type=seconds, default=60.0, metavar="SECONDS", help="deadline of a probe (default: 60)")
     job.add_argument("--json", action="store_true", help=what)
 
     for name, what in (
@@ -373,7 +374,7 @@ def _parser() -> argparse.ArgumentParser:
         module = importlib.import_module(f".planning.{name}", __package__)
         added = commands.add_parser(name, help=what, description=what, epilog=_EXAMPLES[name])
         added.set_defaults(command=module.run)
-        module.add_options(_BothSpellings(added))
+        module.add_options(BothSpellings(added))
 
     for name, what in (("status", "Show a job, or the jobs of this host."), ("stop", "End a job on all its nodes.")):
         added = commands.add_parser(name, help=what, description=what, epilog=_EXAMPLES[name])
@@ -381,7 +382,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs = "?" if name == "status" else None
         added.add_argument("job", metavar="JOB", nargs=nargs, help="as the launcher printed it")
         added.add_argument("--json", action="store_true", help="one JSON object on stdout")
-        added.add_argument("--timeout", type=_seconds, default=60.0, metavar="SECONDS", help="of the wait for its end")
+        added.add_argument("--timeout", type=seconds, default=60.0, metavar="SECONDS", help="of the wait for its end")
 
     commands.add_parser("bench", help="Measure on this machine; see moe-launch bench --help.")
     return parser
@@ -389,115 +390,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_job_options(group: Any, job_options: dict[str, dict[str, Any]]) -> None:
     for name, settings in job_options.items():
-        _add(group, name, action=_PassOn, **settings)
-
-
-def _add_launch_options(group: Any) -> None:
-    at_least_1, count = _whole_number(1), _whole_number(0)
-    of_cluster = "number of ranks (default: the cluster file's, else 1)"
-    _add(group, "--nproc-per-node", type=at_least_1, metavar="N", help=of_cluster)
-    _add(group, "--nnodes", metavar="N", help="number of hosts (default: the cluster file's, Slurm's, else 1)")
-    of_host = "this host's number, for torchrun (default: found in the cluster file)"
-    _add(group, "--node-rank", type=count, metavar="N", help=of_host)
-    _add(group, "--cluster", metavar="FILE", help="cluster file: the nodes, their devices and speeds")
-    lines = "the same as --cluster, for lines such as `host slots=8 type=ascend`"
-    group.add_argument("-H", "--hostfile", dest="cluster", metavar="FILE", default=argparse.SUPPRESS, help=lines)
-    engines = "local (one host), torchrun (call it on every host), ssh, slurm or mpi (call it once), k8s (prints YAML)"
-    _add(group, "--engine", metavar="NAME", help=engines)
-    passed = "the engine's own options, such as --engine-args='--partition=gpu' (repeatable)"
-    _add(group, "--engine-args", action="append", metavar="WORDS", help=passed)
-    _add(group, "--master-addr", metavar="HOST", help="where node 0 listens (default: its host; one host: 127.0.0.1)")
-    of_port = "its port (default: 29500; one host: a free one)"
-    _add(group, "--master-port", type=_whole_number(1, 65535), metavar="PORT", help=of_port)
-    wait = "for all nodes to come (default: 120)"
-    _add(group, "--start-timeout", type=_seconds, default=120.0, metavar="SECONDS", help=wait)
-    _add(group, "--rdzv-endpoint", type=_endpoint, metavar="HOST:PORT", help="both in one")
-    _add(group, "--rdzv-id", metavar="NAME", help="name of the job (default: from SCRIPT or the command)")
-    _add(group, "--log-dir", metavar="DIR", help="for rank_N.log (default: runs/<job>-<time>-<pid>)")
-    shown = "what is shown, not only logged: 1 stdout, 2 stderr, 3 both (default), 0 none, or by rank: 0:3,2:1"
-    _add(group, "-t", "--tee", type=_streams, metavar="WHICH", help=shown)
-    again = "start all ranks again, at most N times, when one fails; they take up what they saved (default: 0)"
-    _add(group, "--max-restarts", type=count, default=0, metavar="N", help=again)
-    _add(group, "--threads-per-rank", type=at_least_1, metavar="N", help="OMP_NUM_THREADS (default: cores / ranks)")
-    wait = "from asking a rank to stop to killing it (default: 10)"
-    _add(group, "--shutdown-timeout", type=_seconds, default=10.0, metavar="SECONDS", help=wait)
-    _add(group, "--dry-run", action="store_true", help="show each rank's host, device and command; start nothing")
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports mistakes as ConfigError, takes no abbreviations, and knows every option in both spellings."""
-
-    def __init__(self, **settings: Any) -> None:
-        settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(allow_abbrev=False, **settings)
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (see {self.prog} --help)")
-
-
-def _add(group: Any, *names: str, **settings: Any) -> None:
-    """Add an option; where its name has dashes inside, its underscore spelling works too, unlisted."""
-    action = group.add_argument(*names, **settings)
-    other = "--" + action.dest
-    if other not in names:
-        unlisted = {"dest": action.dest, "help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
-        group.add_argument(other, **{**settings, **unlisted})
-
-
-class _BothSpellings:
-    """A parser, or group, whose add_argument adds the underscore spelling as well."""
-
-    def __init__(self, group: Any) -> None:
-        self._group = group
-
-    def add_argument(self, *names: str, **settings: Any) -> None:
-        settings.setdefault("dest", names[0].lstrip("-").replace("-", "_"))
-        _add(self._group, *names, **settings)
-
-
-class _PassOn(argparse.Action):
-    """Keeps an option, in the order given, for the job."""
-
-    def __call__(
-        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
-    ) -> None:
-        name = "--" + self.dest.replace("_", "-")
-        if self.nargs == 0:
-            words = [name]
-            setattr(namespace, self.dest, True)
-        else:  # argparse of the job would take a value such as -1x for an option
-            words = [f"{name}={values}"] if values.startswith("-") else [name, values]
-        namespace.job_arguments = [*namespace.job_arguments, *words]
-
-
-def _whole_number(least: int, most: int | None = None) -> Any:
-    limits = f"of at least {least}" if most is None else f"from {least} to {most}"
-
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < least or (most is not None and int(text) > most):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {limits}")
-        return int(text)
-
-    return parse
-
-
-def _seconds(text: str) -> float:
-    if not re.fullmatch(r"\d+(\.\d*)?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
-    return float(text)
-
-
-def _endpoint(text: str) -> tuple[str, int]:
-    host, _, port = text.partition(":")
-    if not host:
-        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
-    return host, _whole_number(0, 65535)(port or "0")  # 0: a free one, as in torchrun
-
-
-def _streams(text: str) -> str:
-    if not re.fullmatch(r"[0-3]|\d+:[0-3](,\d+:[0-3])*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not 0 to 3, or RANK:0 to 3")
-    return text
+        add(group, name, action=PassOn, **settings)
 
 
 if __name__ == "__main__":
