@@ -7,6 +7,7 @@ stdin ends: whoever started it is gone then. `--from-environment` is for engines
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import queue
@@ -24,9 +25,9 @@ from typing import Any
 from ..core import environment
 from ..core.cluster import Cluster
 from ..core.errors import ConfigError
-from . import preflight, records
+from . import devices, preflight, reach, records
 from .control import BEAT_S, SILENCE_S, Controller, Link, Message, serve
-from .job import Job, next_attempt
+from .job import Job, next_attempt, visible_variables
 from .machine import free_port
 from .process import say, signal_name, signals_to
 from .ranks import Ranks
@@ -76,6 +77,7 @@ class _Agent:
         self._speaks = number == 0 or not job.one_terminal
         self._mark = secrets.token_hex(8)
         self._ranks: Ranks | None = None
+        self._door: reach.Door | None = None
         self._signals: list[int] = []  # that this agent got
         self.again = False  # the controller wants all ranks started once more
         self._record = records.write(
@@ -87,21 +89,27 @@ class _Agent:
         node = self._node
         facts = preflight.look(address, node.interface, node.vendor, node.devices, self._job.files)
         facts["command"] = preflight.text_digest(json.dumps([self._job.name, self._job.target]))
+        facts["found"] = devices.seen(node, {**visible_variables(node), **node.env})
+        facts["door"] = self._open_door(address) if len(self._job.nodes) > 1 else 0
         if self._speaks:
-            where = f"{facts['address']} ({facts['interface'] or 'no interface found'})"
-            versions = f"moe-runtime {facts['moe_runtime']}, torch {facts['torch']}"
-            say(f"{self._node.name}: {where}, {versions}, {facts['free_gib']} GiB free")
-        hello = {"kind": "hello", "node": self._number, "mark": self._mark, "host": facts["host"], "facts": facts}
+            say(preflight.introduce(node.name, facts))
+        me = {"node": self._number, "mark": self._mark, "host": facts["host"]}
+        news = {"kind": "hello", **me, "facts": facts}
         began = heard = time.monotonic()
         told: list[str] = []
         while True:
-            self._link.send(hello if self._ranks is None else self._beat())
+            self._link.send(news if self._ranks is None else self._beat())
             for order in self._answers(BEAT_S):
                 heard = time.monotonic()
                 if order["kind"] == "wait" and self._speaks and heard - began > 3.0 and order["missing"] != told:
                     told = order["missing"]
                     say(f"waiting for {', '.join(told)} (at most {self._job.wait_s:g} s)")
+                elif order["kind"] == "try" and news["kind"] == "hello":
+                    where = f"{self._node.name} (host {facts['host']})"
+                    news = {"kind": "tried", **me, "unreachable": reach.unreachable(where, order["targets"])}
+                    break  # and send it
                 elif order["kind"] == "go" and self._ranks is None:
+                    self._close_door()
                     self._ranks = Ranks(self._job, self._number, address, facts["interface"], order, self._mark)
                 elif order["kind"] in ("stop", "refuse"):
                     self.again = bool(order.get("restart")) and not self._signals
@@ -118,7 +126,20 @@ class _Agent:
     def close(self) -> None:
         if self._ranks is not None:
             self._ranks.stop(0.0)
+        self._close_door()
         self._link.close()
+
+    def _open_door(self, address: str) -> int:
+        try:
+            self._door = reach.Door(address)
+        except OSError as error:
+            raise ConfigError(f"{self._node.name}: cannot listen at {address} ({error}); is it this host's?") from None
+        return self._door.port
+
+    def _close_door(self) -> None:
+        if self._door is not None:
+            self._door.close()
+            self._door = None
 
     def _answers(self, seconds: float) -> Iterator[Message]:
         """What the controller says within so long, less where this node has news itself; passes signals on to it."""
@@ -161,23 +182,29 @@ class _Agent:
 
 def _controller(job: Job) -> threading.Thread:
     names = [node.name for node in job.nodes]
-    devices: list[int] = []
+    counts: list[int] = []
 
     def check(facts: list[Mapping[str, Any]]) -> list[str]:
-        devices[:] = [int(fact["devices"]) for fact in facts]
-        return preflight.verdicts(names, facts) or memory(facts)
+        counts[:] = [int(fact["devices"]) for fact in facts]
+        differ = [
+            line
+            for node, fact in zip(job.nodes, facts, strict=True)
+            for line in devices.problems(node, fact["host"], fact["found"])
+        ]
+        return preflight.verdicts(names, facts) + differ or memory(facts)
 
     def memory(facts: list[Mapping[str, Any]]) -> list[str]:
         sizes = [sizes for path in job.files if (sizes := preflight.checkpoint_bytes(path))]
-        if not sizes or "--placement" in job.target or [node.devices for node in job.nodes] != devices:
+        if not sizes or "--placement" in job.target or [node.devices for node in job.nodes] != counts:
             return []  # a placement of the user's own; or nodes that the command line does not describe
         return preflight.tight(job.nodes, facts, Cluster(job.nodes).rank_speeds(), sizes[0])
 
     def start() -> Message:
-        return {"devices": devices, "store_port": free_port(job.address)}
+        return {"devices": counts, "store_port": free_port(job.address)}
 
     left = job.attempt < job.max_restarts
-    controller = Controller(names, check, start, job.wait_s, job.shutdown_timeout, time.monotonic(), left)
+    targets = functools.partial(reach.targets, names)
+    controller = Controller(names, check, start, job.wait_s, job.shutdown_timeout, time.monotonic(), left, targets)
     return serve(controller, job.address, job.port, bytes.fromhex(job.secret))
 
 

@@ -24,6 +24,7 @@ from .worker import USER_ERROR_CODE
 PROTOCOL = 1
 BEAT_S = 0.5
 SILENCE_S = 15.0  # without a message for so long, the other side is taken for lost
+TRYING_S = 30.0  # for all nodes to have tried the ways to each other (reach.PATIENCE_S each)
 FIRST_FAILURE_S = 1.0  # ranks that lost a peer often fail before the news of the peer itself is here
 
 Message = dict[str, Any]
@@ -38,6 +39,7 @@ class _Node:
     facts: Mapping[str, Any] = field(default_factory=dict)
     heard: float = 0.0
     ranks: Mapping[str, str] = field(default_factory=dict)
+    unreachable: list[str] | None = None  # what this node could not connect to, once it has tried
     ended: bool = False
     gone: bool = False
 
@@ -46,6 +48,7 @@ class Controller:
     """One job's membership and life. names[i]: the node that number i stands for.
 
     check(facts of all nodes) returns what does not fit together, one line for each; with any line nothing starts.
+    targets(facts of all nodes) says whom each node is to connect to before anything starts (reach.py).
     may_restart: a rank's failure, other than a user's mistake, tells the agents to begin again.
     """
 
@@ -58,9 +61,11 @@ class Controller:
         shutdown_s: float,
         now: float,
         may_restart: bool = False,
+        targets: Callable[[list[Mapping[str, Any]]], list[list[Any]]] = lambda facts: [],
     ) -> None:
         self._nodes = [_Node(name) for name in names]
-        self._check, self._start = check, start
+        self._check, self._start, self._find_targets = check, start, targets
+        self._targets: list[list[Any]] = []
         self._wait_s, self._shutdown_s = wait_s, shutdown_s
         self._began, self._here = now, 0
         self.state = "gathering"
@@ -78,7 +83,7 @@ class Controller:
             self._stop(int(message.get("code", 143)), str(message.get("why", "asked to stop")), now)
             return [(sender, {"kind": "stopping"}), *self._to_all()]
         number = message.get("node")
-        if kind not in ("hello", "beat", "gone") or not isinstance(number, int):
+        if kind not in ("hello", "tried", "beat", "gone") or not isinstance(number, int):
             return [(sender, {"kind": "refuse", "code": 2, "why": f"a message that is not understood: {kind!r}"})]
         if not 0 <= number < len(self._nodes):
             why = f"node rank {number} is not in 0..{len(self._nodes) - 1}: --nnodes and --node-rank do not fit"
@@ -96,7 +101,11 @@ class Controller:
         if kind == "hello" and self.state == "gathering":
             self._here += not node.start_mark
             node.start_mark, node.facts = str(message.get("mark")), message.get("facts", {})
-            return self._gathered(now) if self._here == len(self._nodes) else [(sender, self._order())]
+            return self._gathered(now) if self._here == len(self._nodes) else [(sender, self._order(number))]
+        if kind == "tried" and self.state == "trying":
+            node.unreachable = list(message["unreachable"])
+            if all(n.unreachable is not None for n in self._nodes):
+                return self._tried(now)
         if kind == "gone":
             node.gone = True
         if kind == "beat":
@@ -108,7 +117,7 @@ class Controller:
                 failure = (bool(message.get("blames_peer")), int(message["code"]), str(message.get("why", "")))
                 if failure not in self._failures:
                     self._failures.append(failure)
-        return [(sender, self._order())]
+        return [(sender, self._order(number))]
 
     def tick(self, now: float) -> Out:
         """What has to be said because time has passed."""
@@ -121,6 +130,11 @@ class Controller:
                 "started there, and does a firewall let it reach this port?",
                 now,
             )
+            return self._to_all()
+        if self.state == "trying" and now - self._since > TRYING_S:
+            silent = ", ".join(node.name for node in self._nodes if node.unreachable is None)
+            why = f"waited {TRYING_S:g} s for {silent} to try the ways to other nodes; is the host very slow, or gone?"
+            self._stop(2, why, now)
             return self._to_all()
         if self.state != "running":
             return []
@@ -163,22 +177,35 @@ class Controller:
         problems = self._check([node.facts for node in self._nodes])
         if problems:
             self._stop(2, "\n".join(problems), now)
+            return self._to_all()
+        self._targets = self._find_targets([node.facts for node in self._nodes])
+        if not any(self._targets):
+            return self._tried(now)
+        self.state, self._since = "trying", now
+        return self._to_all()
+
+    def _tried(self, now: float) -> Out:
+        unreachable = [line for node in self._nodes for line in node.unreachable or ()]
+        if unreachable:
+            self._stop(2, "\n".join(unreachable), now)
         else:
             self.state, self._since, self._go = "running", now, {"kind": "go", **self._start()}
             for node in self._nodes:
                 node.heard = now
         return self._to_all()
 
-    def _order(self) -> Message:
+    def _order(self, number: int) -> Message:
         if self.state == "gathering":
             missing = (node.name for node in self._nodes if not node.start_mark)
             return {"kind": "wait", "missing": list(itertools.islice(missing, 5))}  # all names to all were a square
+        if self.state == "trying":
+            return {"kind": "try", "targets": self._targets[number]}
         if self.state == "running":
             return self._go
         return {"kind": "stop", "code": self.code, "why": self.why, "restart": self.restart}
 
     def _to_all(self) -> Out:
-        return [(node.sender, self._order()) for node in self._nodes if node.start_mark]
+        return [(node.sender, self._order(n)) for n, node in enumerate(self._nodes) if node.start_mark]
 
     def _stop(self, code: int, why: str, now: float) -> None:
         if self.state != "stopping":

@@ -1,7 +1,7 @@
 """What a node says of itself before a job starts, and what in the answers of all would hang or corrupt it.
 
-`look` reads this host and imports neither torch nor a vendor's plug-in; `verdicts` is pure. Devices are counted by the
-ranks themselves, which find out with the vendor's plug-in (comm/detect.py).
+`look` reads this host and imports neither torch nor a vendor's plug-in; `verdicts` is pure. Devices are counted by a
+process of their own (devices.py), and whether nodes reach each other is tried (reach.py).
 """
 
 from __future__ import annotations
@@ -39,6 +39,19 @@ def look(address: str, interface: str | None, vendor: str, devices: int, files: 
         **{package: _version(package) for package in _PACKAGES},
         "files": {path: digest(path) for path in files},
     }
+
+
+def introduce(name: str, facts: Mapping[str, Any]) -> str:
+    """A node's facts in one line."""
+    found = facts["found"]
+    line = (
+        f"{name}: {facts['address']} ({facts['interface'] or 'no interface found'}), moe-runtime "
+        f"{facts['moe_runtime']}, torch {facts['torch']}, {facts['free_gib']} GiB free"
+    )
+    if found.get("count"):
+        driver = f", driver {found['driver']}" if found["driver"] else ""
+        line += f", {found['vendor']}: {found['count']} x {found['device']}{driver}"
+    return line
 
 
 def verdicts(names: Sequence[str], facts: Sequence[Mapping[str, Any]], commands: Sequence[str] = ()) -> list[str]:

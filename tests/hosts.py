@@ -33,13 +33,16 @@ def which(*programs: str) -> str | None:
 
 
 class Hosts:
-    """`count` namespaces with one address each on a bridge; links may be shaped. Use as a context manager."""
+    """`count` namespaces with one address each on a bridge; links may be shaped. Use as a context manager.
 
-    def __init__(self, folder: Path, count: int, mbit: int | None = None) -> None:
+    own: a folder that is another one on every host, empty at first; all else of the file system is shared.
+    """
+
+    def __init__(self, folder: Path, count: int, mbit: int | None = None, own: Path | None = None) -> None:
         problem = "no root, which network namespaces need" if os.geteuid() else which("ip", "tc", "sshd", "ssh")
         if problem:
             pytest.skip(f"hosts cannot be made here: {problem}")
-        self.folder, self.count, self._mbit = folder, count, mbit
+        self.folder, self.count, self._mbit, self._own = folder, count, mbit, own
         number = (os.getpid() * 7 + next(_NUMBERS)) % 62500
         self._name = f"mr{number}"
         self._net = f"10.{number // 250}.{number % 250}"
@@ -83,8 +86,17 @@ class Hosts:
     @property
     def ssh_args(self) -> str:
         """Options with which ssh reaches every host."""
+        return f"--engine-args={self._ssh_words}"
+
+    @property
+    def _ssh_words(self) -> str:
         files = f"-i {self.folder}/key -o UserKnownHostsFile=/dev/null -F none"
-        return f"--engine-args={files} -o StrictHostKeyChecking=no -o LogLevel=ERROR -o ConnectTimeout=2"
+        return f"{files} -o StrictHostKeyChecking=no -o LogLevel=ERROR -o ConnectTimeout=2"
+
+    def ssh(self, host: int, command: str, stdin: bytes = b"") -> str:
+        """What a shell command prints on a host, over ssh; it must succeed."""
+        words = ["ssh", *self._ssh_words.split(), self.addresses[host], command]
+        return subprocess.run(words, input=stdin, capture_output=True, check=True, timeout=30).stdout.decode()
 
     def on(self, host: int, *command: str | Path) -> list[str]:
         """The command as run on a host."""
@@ -118,7 +130,9 @@ class Hosts:
                 "UsePAM": "no", "PidFile": "none", "ListenAddress": address,
             }  # fmt: skip
             words = [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
-            command = self.on(n, sshd, "-D", "-e", "-f", "/dev/null", "-h", self.folder / "host_key", *words)
+            alone = f'mount -t tmpfs none "{self._own}" && exec "$@"'
+            inside = ["unshare", "-m", "sh", "-c", alone, "sh"] if self._own else []
+            command = self.on(n, *inside, sshd, "-D", "-e", "-f", "/dev/null", "-h", self.folder / "host_key", *words)
             with (self.folder / f"sshd{n}.log").open("wb") as log:
                 self._daemons.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log))
         ends = time.monotonic() + 10

@@ -8,19 +8,35 @@ import pytest
 
 from moe_runtime.core.cluster import Node
 from moe_runtime.core.errors import ConfigError
-from moe_runtime.launch.control import SILENCE_S, Controller, Link, seal, serve, unseal
+from moe_runtime.launch import devices, reach
+from moe_runtime.launch.control import SILENCE_S, TRYING_S, Controller, Link, seal, serve, unseal
 from moe_runtime.launch.machine import free_port
 from moe_runtime.launch.preflight import checkpoint_bytes, tight, verdicts
 
 SECRET = b"a secret"
 
 
-def controller(*names, wait_s=10.0, check=lambda facts: []):
-    return Controller(list(names), check, lambda: {"store_port": 1}, wait_s, shutdown_s=1.0, now=0.0)
+def controller(*names, wait_s=10.0, check=lambda facts: [], targets=lambda facts: []):
+    start = {"store_port": 1}
+    return Controller(list(names), check, lambda: start, wait_s, shutdown_s=1.0, now=0.0, targets=targets)
+
+
+def trying(*names):
+    """A job whose nodes have all come and are told to try the ways to each other."""
+    job = controller(*names, targets=lambda facts: reach.targets(names, facts))
+    for n in range(len(names)):
+        out = job.receive(b"%d" % n, hello(n), 1.0)
+    assert kinds(out) == ["try"] * len(names)
+    return job, [message["targets"] for _, message in out]
 
 
 def hello(node, mark="m", host="h"):
-    return {"kind": "hello", "node": node, "mark": f"{mark}{node}", "host": host, "facts": {"host": host}}
+    facts = {"host": host, "address": f"10.0.0.{node}", "door": 40000 + node}
+    return {"kind": "hello", "node": node, "mark": f"{mark}{node}", "host": host, "facts": facts}
+
+
+def tried(node, *unreachable):
+    return {"kind": "tried", "node": node, "mark": f"m{node}", "unreachable": list(unreachable)}
 
 
 def beat(node, **more):
@@ -94,6 +110,55 @@ def test_what_does_not_fit_together_is_told_to_all():
     assert kinds(out) == ["stop", "stop"] and out[0][1]["why"] == "b: wrong version\nb: no checkpoint"
 
 
+def test_every_node_tries_node_0_and_the_next_before_anything_starts():
+    job, targets = trying("a", "b", "c")
+    assert [[name for name, _, _ in row] for row in targets] == [["b"], ["a", "c"], ["a"]]
+    assert targets[0] == [("b", "10.0.0.1", 40001)]
+    assert kinds(job.receive(b"0", tried(0), 2.0)) == ["try"] and kinds(job.receive(b"1", tried(1), 2.0)) == ["try"]
+    assert kinds(job.receive(b"2", tried(2), 2.0)) == ["go"] * 3
+    assert kinds(job.receive(b"2", tried(2), 2.1)) == ["go"]  # said again before the order came
+
+
+def test_a_way_that_is_blocked_ends_the_job_before_anything_starts():
+    job, _ = trying("a", "b")
+    job.receive(b"1", tried(1, "b cannot reach a"), 2.0)
+    out = job.receive(b"0", tried(0, "a cannot reach b"), 2.0)
+    assert [(m["kind"], m["code"], m["why"]) for _, m in out] == [("stop", 2, "a cannot reach b\nb cannot reach a")] * 2
+
+
+def test_a_node_that_never_says_what_it_reached_is_named():
+    job, _ = trying("a", "b")
+    job.receive(b"0", tried(0), 2.0)
+    assert not job.tick(TRYING_S)
+    assert "for b to try" in job.tick(TRYING_S + 2.0)[0][1]["why"]
+
+
+def test_doors_open_and_a_closed_one_is_told_with_its_cure():
+    open_door, closed = reach.Door("127.0.0.1"), reach.Door("127.0.0.1")
+    closed.close()
+    try:
+        tries = [("a", "127.0.0.1", open_door.port), ("b", "127.0.0.1", closed.port)]
+        [line] = reach.unreachable("c (host h)", tries)
+    finally:
+        open_door.close()
+    assert line.startswith(f"c (host h) cannot reach b at 127.0.0.1:{closed.port}") and "firewall" in line
+
+
+def test_devices_that_are_not_there_are_named_before_anything_starts(tmp_path):
+    node = Node("a", devices=8, vendor="ascend")
+    four = {"vendor": "ascend", "count": 4, "device": "Ascend910B", "driver": ""}
+    [line] = devices.problems(node, "h", four)
+    assert line.startswith("a (host h): 8 devices are asked for, 4 are there (Ascend910B)")
+    assert devices.problems(node, "h", {**four, "count": 8}) == [] == devices.problems(node, "h", {})
+    assert "ascend was named, nvidia is there" in devices.problems(node, "h", {**four, "vendor": "nvidia"})[0]
+    here = devices.seen(node, {})  # a real look: this machine has no Ascend
+    assert "vendor 'ascend' was named, but it is not here" in here["problem"]
+    assert devices.seen(Node("b", vendor="cpu"), {}) == {} == devices.seen(Node("c", emulate="ascend"), {})
+    (tmp_path / "amdgpu").mkdir()
+    (tmp_path / "amdgpu" / "version").write_text("6.8.5\n")
+    assert devices.driver_version("amd", str(tmp_path)) == "6.8.5" and not devices.driver_version("x", str(tmp_path))
+
+
 def test_the_first_failure_is_the_one_that_blames_nobody():
     job = running("a", "b")
     out = job.receive(b"0", beat(0, code=1, why="PeerLost: rank 1", blames_peer=True), 2.0)
@@ -149,7 +214,8 @@ def test_an_address_that_is_taken_or_not_ours_is_an_error_that_says_so():
 @pytest.mark.parametrize("count", [10, 100, 1000])
 def test_control_traffic_of_a_start_grows_with_the_number_of_agents(count):
     """Simulated agents, the real controller: messages and bytes of a start and an end, for each agent, do not grow."""
-    job = controller(*(f"node {n:04}" for n in range(count)), wait_s=60.0)
+    names = [f"node {n:04}" for n in range(count)]
+    job = controller(*names, wait_s=60.0, targets=lambda facts: reach.targets(names, facts))
     messages = bytes_ = 0
 
     def count_all(out):
@@ -161,6 +227,9 @@ def test_control_traffic_of_a_start_grows_with_the_number_of_agents(count):
         for n in range(count - 1):
             count_all(job.receive(b"%d" % n, hello(n), 0.5 * again))
     count_all(job.receive(b"last", hello(count - 1), 3.0))
+    assert job.state == "trying"
+    for n in range(count):
+        count_all(job.receive(b"%d" % n, tried(n), 4.0))
     assert job.state == "running"
     for n in range(count):
         count_all(job.receive(b"%d" % n, beat(n, code=0), 12.0))
@@ -168,7 +237,7 @@ def test_control_traffic_of_a_start_grows_with_the_number_of_agents(count):
     for n in range(count):
         count_all(job.receive(b"%d" % n, {"kind": "gone", "node": n, "mark": f"m{n}"}, 13.0))
     assert job.is_over(13.0) and job.code == 0
-    assert messages <= 9 * count and bytes_ <= 1500 * count
+    assert messages <= 11 * count and bytes_ <= 1900 * count
 
 
 def test_a_thousand_agents_start_over_real_sockets_within_seconds():

@@ -164,6 +164,31 @@ def test_train_over_shaped_links_of_three_hosts_equals_one_process(checkpoint, t
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+def test_hosts_that_share_no_folder(checkpoint, alone, tmp_path):
+    """Checkpoint and cluster file are copied to the same path of each host; logs stay where the ranks are."""
+    (own := tmp_path / "own").mkdir()
+    with Hosts(tmp_path, 2, own=own) as hosts:
+        cluster = cluster_file(own, hosts.addresses)
+        packed = subprocess.run(
+            ["tar", "-c", "-C", own, cluster.name, "-C", checkpoint.parent, checkpoint.name],
+            capture_output=True, check=True,
+        ).stdout  # fmt: skip
+        words = ["generate", "--model", own / checkpoint.name, *GENERATE]
+        for n in (0, 1):
+            hosts.ssh(n, f"tar -x -C {own}", packed)
+        shutil.copytree(checkpoint, own / checkpoint.name)
+        ran = run(over_ssh(hosts, cluster, *words), cwd=own)
+        assert ran.returncode == 0, ran.stderr
+        assert texts(ran) == alone
+        logs = [sorted(hosts.ssh(n, f"cd {own}/runs/* && ls rank_*").split()) for n in (0, 1)]
+        assert logs == [["rank_0.log"], ["rank_1.log", "rank_2.log", "rank_3.log"]]
+        assert not list(own.glob("runs/*/rank_*"))
+        hosts.ssh(1, f"rm {own}/{checkpoint.name}/model.safetensors")
+        ran = run(over_ssh(hosts, cluster, *words), cwd=own, timeout=60)
+        assert ran.returncode == 2, ran.stderr
+        assert re.search(r"error: node-b \(host .*differs from that of node-a; copy the same", ran.stderr), ran.stderr
+
+
 def test_torchrun_on_each_host_finds_its_node_in_the_cluster_file(two, tmp_path):
     cluster = cluster_file(tmp_path, two.addresses)
     script = job_script(tmp_path, "print('I am', rank, os.environ['LOCAL_RANK'], os.environ['GLOO_SOCKET_IFNAME'])\n")
@@ -220,6 +245,30 @@ def test_port_blocked(two, tmp_path):
     assert "waited 4 s for node-b" in (tmp_path / "out0").read_text()
     said = (tmp_path / "out1").read_text()
     assert f"node-b: no answer from node-a at {two.addresses[0]}:29500 within 4 s" in said and "firewall" in said
+
+
+def test_a_firewall_that_lets_only_the_controllers_port_through(two, tmp_path):
+    """Rows travel over ports that the system gives out: found before any rank starts, and not as a hang."""
+    cluster = cluster_file(tmp_path, two.addresses)
+    rule = ["ipproto", "tcp", "dport", "30000-65534", "blackhole"]
+    two.check(1, "ip", "rule", "add", *rule)
+    try:
+        with by_hand(two, cluster, tmp_path, job_script(tmp_path, "print('ran')\n"), [[], []]) as started:
+            assert [process.wait(40) for process in started] == [2, 2]
+    finally:
+        two.check(1, "ip", "rule", "del", *rule)
+    said = (tmp_path / "out0").read_text()
+    assert re.search(rf"error: node-b \(host .*\) cannot reach node-a at {two.addresses[0]}:\d+ .*firewall", said), said
+    assert "] ran" not in said
+    assert_nothing_left(tmp_path)
+
+
+def test_a_vendor_whose_device_is_not_there(two, tmp_path):
+    cluster = cluster_file(tmp_path, two.addresses, emulate=())
+    cluster.write_text(cluster.read_text().replace('vendor = "cpu"\ndevices = 3', 'vendor = "ascend"\ndevices = 3'))
+    ran = run(over_ssh(two, cluster, "run", job_script(tmp_path, "print('ran')")), cwd=tmp_path, timeout=60)
+    assert ran.returncode == 2 and "ran" not in ran.stdout
+    assert re.search(r"error: node-b \(host .*\): vendor 'ascend' was named, but it is not here", ran.stderr)
 
 
 def test_wrong_version_on_one_node(two, tmp_path):
