@@ -19,6 +19,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ..core.errors import ConfigError, MoeRuntimeError
+from ..core.spans import spans
 from .plan import DispatchPlan, ExpandPlan, plan_dispatch, plan_expand
 from .quirks import dtype_name
 from .rows import (
@@ -427,14 +428,19 @@ class _DispatchRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_rows, grad_weights, _grad_slots, _grad_anchor):
         dispatcher, route = ctx.dispatcher, ctx.route
-        x_shape, weights_shape, weights_dtype, weights_device = ctx.shapes
+        with spans("dispatch (backward)"):
+            return *_DispatchRows._home(dispatcher, route, grad_rows, grad_weights, ctx.shapes), None, None, None
+
+    @staticmethod
+    def _home(dispatcher, route, grad_rows, grad_weights, shapes):
+        x_shape, weights_shape, weights_dtype, weights_device = shapes
         packed = pack_gradients(grad_rows, grad_weights, dispatcher.exact_layout)
         home = _start_rows(packed, dispatcher.transport, route.recv_counts, route.send_counts, "backward of dispatch")()
         hidden, weights = unpack_gradients(home, dispatcher.exact_layout)
         grad_x = combine_rows(hidden, route.tokens, x_shape[0])
         weights = weights.masked_fill(route.slots < 0, 0)
         grad_w = combine_rows(weights, route.tokens, weights_shape[0])
-        return grad_x, grad_w.to(weights_device, weights_dtype), None, None, None
+        return grad_x, grad_w.to(weights_device, weights_dtype)
 
 
 def _start_exchange(
@@ -500,7 +506,8 @@ class _Exchange(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_rows):
         transport, send_counts, recv_counts = ctx.exchange
-        grad = _start_rows(grad_rows, transport, send_counts, recv_counts, "backward of combine")()
+        with spans("combine (backward)"):
+            grad = _start_rows(grad_rows, transport, send_counts, recv_counts, "backward of combine")()
         if ctx.order is not None:
             grad = torch.empty_like(grad).index_copy_(0, ctx.order, grad)
         return grad, torch.zeros(()), None, None, None, None, None

@@ -30,7 +30,7 @@ def sync_gradients(model: torch.nn.Module, transport: Transport) -> None:
         return
     dense, experts = split_parameters(model)
     for bucket in _buckets(dense):
-        flat = torch.cat([_gradient(p).reshape(-1) for p in bucket])
+        flat = torch.cat([gradient_of(p).reshape(-1) for p in bucket])
         transport.all_reduce(flat, "sum of dense gradients")
         for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
             parameter.grad = part.view_as(parameter)
@@ -48,9 +48,9 @@ def clip_grad_norm(model: torch.nn.Module, transport: Transport, max_norm: float
     for layer, parameters in experts.items():
         first = _first_replicas(layer)
         for parameter in parameters:
-            square += _square_sum(_gradient(parameter)[first])
+            square += _square_sum(gradient_of(parameter)[first])
     transport.all_reduce(square, "gradient norm")
-    square += sum(_square_sum(_gradient(p)) for p in dense)
+    square += sum(_square_sum(gradient_of(p)) for p in dense)
     norm = float(square.sqrt())
     if norm > max_norm:
         scale = max_norm / (norm + 1e-6)
@@ -66,8 +66,11 @@ def _square_sum(gradient: torch.Tensor) -> float:
     return float(wide.pow(2).sum())
 
 
-def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
-    return parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+def gradient_of(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """A parameter's gradient, zeros where it has none; in float32 where gradients are collected so (optimizer.py)."""
+    if parameter.grad is not None:
+        return parameter.grad
+    return torch.zeros_like(parameter, dtype=getattr(parameter, "grad_dtype", None) or parameter.dtype)
 
 
 def _buckets(parameters: list[torch.nn.Parameter]) -> list[list[torch.nn.Parameter]]:
@@ -99,7 +102,7 @@ def _sync_replicas(layer: ExpertParallel, parameters: list[torch.nn.Parameter], 
     replicated = sorted({e for e in expert if expert.count(e) > 1})
     mine = state.placement.rank_experts(state.index, transport.rank)
     for parameter in parameters:
-        gradient = _gradient(parameter)
+        gradient = gradient_of(parameter)
         total = gradient.new_zeros((len(replicated), *gradient.shape[1:]))
         for row, e in enumerate(replicated):
             if e in mine:

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from .comm.dispatch import IDLE, WORKING, Dispatcher, DispatchHandle
 from .comm.rows import combine_rows
 from .core.placement import Placement
+from .core.spans import spans
 from .experts.compute import grouped_experts
 from .experts.routing import ReplicaChooser
 
@@ -42,6 +44,7 @@ class LayerState:
     tokens_per_slot: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     expert_seconds: float = 0.0  # spent computing experts
     recorder: Recorder | None = None
+    recompute: bool = False  # compute experts again in backward instead of keeping what they made (recompute.py)
     slowdown: float = 1.0  # emulated: experts take this many times as long as they would
     earlier_tokens: np.ndarray | None = None  # per expert, computed under placements before this one
     passes: int = 0
@@ -79,17 +82,24 @@ class ExpertParallel:
         slots_TK = layer.chooser.choose(topk_ids_TK)
         if layer.recorder is not None:
             layer.recorder.add(layer.index, topk_ids_TK)
-        rows, handle = layer.dispatcher.dispatch(
-            x_TH, slots_TK, topk_weights_TK, expand=layer.per_expert_sums, tag=layer.index, state=state
-        )
+        with spans("dispatch"):
+            rows, handle = layer.dispatcher.dispatch(
+                x_TH, slots_TK, topk_weights_TK, expand=layer.per_expert_sums, tag=layer.index, state=state
+            )
         layer.tokens_per_slot += handle.rows_per_slot
         layer.states = handle.states
         start = time.perf_counter()
-        outputs = self._compute(rows, handle)
+        with spans("experts"):
+            if layer.recompute and self.training and torch.is_grad_enabled():
+                outputs = checkpoint(self._compute, rows, handle, use_reentrant=False, preserve_rng_state=False)
+            else:
+                outputs = self._compute(rows, handle)
+        spans.around_backward("experts (backward)", outputs, rows)
         if layer.slowdown > 1:
             time.sleep((time.perf_counter() - start) * (layer.slowdown - 1))
         layer.expert_seconds += time.perf_counter() - start
-        return layer.dispatcher.combine(outputs, handle)
+        with spans("combine"):
+            return layer.dispatcher.combine(outputs, handle)
 
     def idle_exchange(self, chain: torch.Tensor) -> torch.Tensor:
         """Take part with no token of one's own. `chain` [0, H] ties successive layers' backward passes together."""

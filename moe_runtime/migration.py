@@ -22,6 +22,7 @@ from .comm.wire import all_gather_message, first_problem
 from .core.errors import ConfigError
 from .core.memory import pool
 from .core.placement import Placement
+from .gradients import gradient_of
 from .moves import Chunk, cut_slices, kept_slots, list_moves, order_in_place
 
 UNIT = 16  # bytes; what is sent is padded to whole units
@@ -70,7 +71,7 @@ def gradient_columns(layers: Sequence[torch.nn.Module], transport: Transport) ->
         for at, (name, parameter) in enumerate(named):
             if any(flags[index][at] for flags in said):
                 if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
+                    parameter.grad = gradient_of(parameter)
                 columns[-1].append(_gradient(layer, name))
     return columns
 
@@ -81,6 +82,8 @@ def _weight(layer: torch.nn.Module, name: str, optimizer: torch.optim.Optimizer 
         old = getattr(layer, name)
         with torch.inference_mode(False):
             new = torch.nn.Parameter(value, requires_grad=old.requires_grad)
+            if old.dtype != getattr(old, "grad_dtype", old.dtype):
+                new.grad_dtype = old.grad_dtype
         setattr(layer, name, new)
         for group in optimizer.param_groups if optimizer else ():
             group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
