@@ -15,9 +15,9 @@ import sys
 from types import TracebackType
 
 from ..core.environment import take_launcher_pid, take_output, take_restarts
-from ..core.errors import CheckpointError, ConfigError, VendorUnavailable
+from ..core.errors import CheckpointError, ConfigError, NotFinite, VendorUnavailable
 
-USER_ERRORS = (ConfigError, CheckpointError, VendorUnavailable)
+USER_ERRORS = (ConfigError, CheckpointError, NotFinite, VendorUnavailable)
 USER_ERROR_CODE = 2
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 

@@ -4,9 +4,18 @@ from .core.errors import (
     CheckpointError,
     ConfigError,
     MoeRuntimeError,
+    NotFinite,
     PeerLost,
     PeerTimeout,
     VendorUnavailable,
 )
 
-__all__ = ["CheckpointError", "ConfigError", "MoeRuntimeError", "PeerLost", "PeerTimeout", "VendorUnavailable"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "MoeRuntimeError",
+    "NotFinite",
+    "PeerLost",
+    "PeerTimeout",
+    "VendorUnavailable",
+]

@@ -28,6 +28,10 @@ class VendorUnavailable(MoeRuntimeError, ValueError):
     """A device, plug-in or library that was asked for and is not on this machine."""
 
 
+class NotFinite(MoeRuntimeError, ArithmeticError):
+    """A loss or gradient that is not a number: training stops before it is applied."""
+
+
 class PeerLost(MoeRuntimeError, ConnectionError):
     """A rank went away while others were exchanging data with it.
 
