@@ -23,7 +23,7 @@ import moe_runtime
 
 from ...core.config import RuntimeConfig
 from ...core.errors import ConfigError
-from ..data import Batches, byte_tokens, text_files
+from ..data import Batches, open_corpus
 from ..tokenizers import byte_tokenizer
 from ..toml import apply_overrides, read_toml
 
@@ -33,7 +33,7 @@ class TrainConfig:
     """One training run. Paths are relative to the config file.
 
     model: fields of a transformers config with `model_type`, or `checkpoint = "DIR"` to start from one.
-    files: text files, globs, or "python-standard-library"; read as bytes.
+    files: as in docs/data.md; text is read as bytes.
     batch_size: sequences of all ranks together per step. output: folder of the checkpoint that is written.
     placement: a plan file. record: the load trace of this run is written there (.npz).
     """
@@ -106,7 +106,8 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 def train(config: TrainConfig, base: Path, runtime: moe_runtime.Runtime) -> list[float]:
     """Run the whole job on this rank; returns the loss of every step (mean over the joined batch)."""
-    tokens = byte_tokens(text_files(config.files, base))
+    tokenizer = byte_tokenizer()
+    tokens = open_corpus(config.files, base, tokenizer).tokens
     batches = Batches(tokens, config.sequence_length, config.batch_size, config.seed)
     model = _make_model(config, base, runtime)
     optimizer = torch.optim.AdamW(
@@ -128,7 +129,7 @@ def train(config: TrainConfig, base: Path, runtime: moe_runtime.Runtime) -> list
             log.step(step, losses[-1], model)
     model.eval()
     folder = (base / config.output).resolve()
-    runtime.save_model(model, folder, tokenizer=byte_tokenizer())
+    runtime.save_model(model, folder, tokenizer=tokenizer)
     log.saved(folder)
     return losses
 
