@@ -12,7 +12,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_runtime.experts import placement, traces
-from moe_runtime.launch.data import text_files
 
 CONFIG = """
 cluster = "cluster.toml"
@@ -162,17 +161,3 @@ def test_a_users_mistake_is_one_clear_line_and_exit_code_2(trained, words, told)
     assert done.returncode == 2
     assert told in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_training_files_are_paths_or_globs_relative_or_absolute(tmp_path):
-    (tmp_path / "deep").mkdir()
-    for name in ("a.txt", "b[1].txt", "deep/c.txt"):
-        (tmp_path / name).write_text(name)
-
-    def names(*sources: str) -> list[str]:
-        return [path.name for path in text_files(sources, tmp_path)]
-
-    assert names("b[1].txt") == ["b[1].txt"]
-    assert names("a.txt") == names(str(tmp_path / "a.txt")) == ["a.txt"]
-    assert names("**/*.txt") == names(f"{tmp_path}/**/*.txt") == ["a.txt", "b[1].txt", "c.txt"]
-    assert names("deep/*.txt", "a.txt") == ["c.txt", "a.txt"]
