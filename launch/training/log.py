@@ -31,7 +31,7 @@ _BAR = 20
 
 @dataclass
 class Step:
-    """What one step did. number: steps behind us. extra: balancing terms of the loss. load [L, E]: tokens, all ranks."""
+    """What one step did. number: steps behind us. extra: the loss's balancing terms. load [L, E]: tokens of all ranks."""
 
     number: int
     loss: float
@@ -165,7 +165,8 @@ def line_of(row: dict[str, Any], steps: int, left_s: float) -> str:
     took = " ".join(f"{name} {part:.0%}" for name, part in row["time_share"].items())
     validation = f"  validation {row['validation_loss']:.3f}" if "validation_loss" in row else ""
     return (
-        f"step {row['step']:>5}/{steps} [{bar}]  loss {row['loss']:.3f}{validation}  {row['tokens_per_s']:>7,.0f} tokens/s  "
+        f"step {row['step']:>5}/{steps} [{bar}]  loss {row['loss']:.3f}{validation}  "
+        f"{row['tokens_per_s']:>7,.0f} tokens/s  "
         f"load {share} (most over mean {max(row['layers']['max_over_mean']):.2f})  time {took}  "
         f"{max(row['memory_gib']):.1f} GiB  {left_s:.0f} s left"
     )

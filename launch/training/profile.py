@@ -1,4 +1,4 @@
-"""`profile = "FOLDER"`: a trace of a few steps for Perfetto, one file a rank, with dispatch, experts and combine named."""
+"""`profile = "FOLDER"`: a trace of a few steps for Perfetto, one file a rank; dispatch, experts, combine have names."""
 
 from __future__ import annotations
 
