@@ -31,7 +31,7 @@ _BAR = 20
 
 @dataclass
 class Step:
-    """What one step did. number: steps behind us. extra: the loss's balancing terms. load [L, E]: tokens of all ranks."""
+    """What one step did. number: steps behind us. extra: the loss's balancing terms. load [L, E]: of all ranks."""
 
     number: int
     loss: float

@@ -19,7 +19,7 @@ import moe_runtime
 
 from ...balance import RouterBalance
 from ...comm.wire import all_gather_message
-from ...core.errors import ConfigError
+from ...core.errors import ConfigError, NotFinite
 from ...optimizer import MasterAdamW, accumulate_in_float32
 from ...recompute import recompute
 from ...training_state import Checkpoints
@@ -47,6 +47,7 @@ def train(config: TrainConfig, base: Path, runtime: moe_runtime.Runtime) -> list
         recording,
         profiler(config, base, runtime.rank) as profile,
         _told_to_stop() as stop,
+        _kept(checkpoints),
     ):
         for step in range(first, config.steps):
             done = trainer.step(step, bool(stop))
@@ -59,17 +60,28 @@ def train(config: TrainConfig, base: Path, runtime: moe_runtime.Runtime) -> list
             if checkpoints and (last or done.stop or (step + 1) % config.checkpoint_every == 0):
                 checkpoints.save(step + 1, trainer.model, trainer.optimizer, {"identity": config.identity()})
             if done.stop:
+                log.say(f"asked to stop after step {done.number}; {'it is kept' if checkpoints else 'nothing is kept'}")
                 break
+    if losses and done.stop:
+        sys.exit(128 + signal.SIGTERM)
+    trainer.model.eval()
+    folder = (base / config.output).resolve()
+    runtime.save_model(trainer.model, folder, tokenizer=data.tokenizer)
+    log.saved(folder)
+    return losses
+
+
+@contextmanager
+def _kept(checkpoints: Checkpoints | None) -> Iterator[None]:
+    """Wait for the last save to be on disk, also where all ranks stop because of a loss that is not finite."""
+    try:
+        yield
+    except NotFinite:
         if checkpoints:
             checkpoints.close()
-        if losses and done.stop:
-            log.say(f"asked to stop: {f'step {done.number} is kept' if checkpoints else 'nothing is kept'}")
-            sys.exit(128 + signal.SIGTERM)
-        trainer.model.eval()
-        folder = (base / config.output).resolve()
-        runtime.save_model(trainer.model, folder, tokenizer=data.tokenizer)
-        log.saved(folder)
-    return losses
+        raise
+    if checkpoints:
+        checkpoints.close()
 
 
 class Data:
