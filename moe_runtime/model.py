@@ -76,7 +76,7 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
     with torch.device("meta"):
         try:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        except (ValueError, KeyError, ImportError) as error:
+        except (ValueError, KeyError, ImportError, AssertionError) as error:  # torch asserts on ids of padding
             raise ConfigError(f"transformers cannot build model_type {config.model_type!r}: {error}") from error
     if not experts_modules(model):
         raise ConfigError(

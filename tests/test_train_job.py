@@ -270,7 +270,8 @@ def test_a_loss_that_is_no_number_names_the_batch_and_the_layer_and_keeps_what_w
 
 
 @pytest.mark.parametrize(("changes", "told"), [
-    ({"model": {"vocab_size": 100}}, "the tokenizer does not match the model"),
+    ({"model": {"vocab_size": 100}}, "Padding_idx must be within"),
+    ({"model": {"vocab_size": 100, "pad_token_id": 1}}, "the tokenizer does not match the model"),
     ({"batch_size": 5000}, "fewer than one batch of 5000; add data, or lower"),
     ({"tokenizer": "text"}, "no tokenizer that transformers can read"),
     ({"accumulate": 4}, "accumulate = 4 parts of a batch of 3"),
