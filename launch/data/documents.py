@@ -12,7 +12,7 @@ from typing import IO
 from ...core.errors import ConfigError
 from .sources import SourceFile
 
-PIECE = 1 << 22  # bytes
+PIECE = 1 << 20  # bytes, before the last line end is looked for
 _LOOKED_AT = 8192  # bytes in which a zero tells a binary file, as in git
 
 
