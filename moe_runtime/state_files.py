@@ -261,7 +261,8 @@ def check_files(path: Path, manifest: Manifest, share: slice) -> None:
     there = {f"{file.parent.name}/{file.name}" for file in path.glob("rank_*/*.safetensors")}
     for name in sorted(there - set(manifest.files)):
         raise CheckpointError(f"{name} is not one of its files")
-    for name, expected in sorted(manifest.files.items())[share]:
+    largest_first = sorted(manifest.files.items(), key=lambda file: (-file[1][0], file[0]))
+    for name, expected in largest_first[share]:
         try:
             found = _sum_up(path / name)
         except FileNotFoundError:

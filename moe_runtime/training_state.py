@@ -169,8 +169,8 @@ class Checkpoints:
                 print(f"moe-runtime: {path} is damaged: {problem}; trying the one before", file=sys.stderr, flush=True)
         if steps:
             raise CheckpointError(
-                f"{self.folder}: none of the {len(steps)} checkpoints is whole (stderr says why); bring a good one "
-                "back, or move them away to start anew"
+                f"{self.folder}: none of the {len(steps)} checkpoints is whole on all ranks (stderr says why; all "
+                "hosts must share the folder); bring a good one back, or move them away to start anew"
             )
         return None
 

@@ -160,6 +160,28 @@ def test_resuming_on_other_ranks_and_placements_gives_the_same_losses(halfway, t
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
+def saved_after_a_move(folder: Path) -> None:
+    with moe_runtime.init({"timeout_s": 60}) as runtime:
+        model, optimizer = make(runtime)
+        train(runtime, model, optimizer, range(2))
+        runtime.rebalance(model, replicated(runtime.size), optimizer, wait=True)
+        checkpoints = Checkpoints(runtime, folder)
+        checkpoints.save(2, model, optimizer, {})
+        losses = train(runtime, model, optimizer, range(2, 4))
+        expected = everything(model, optimizer)
+        placement = checkpoints.saved_placement()
+        assert placement.digest() == replicated(runtime.size).digest()
+        model, optimizer = make(runtime, seed=1, placement=placement)
+        checkpoints.load(model, optimizer)
+        assert train(runtime, model, optimizer, range(2, 4)) == losses
+        found = everything(model, optimizer)
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_a_run_whose_experts_have_moved_resumes_to_the_bit_where_they_are(tmp_path):
+    run_ranks(saved_after_a_move, 2, tmp_path)
+
+
 def masters(folder: Path) -> None:
     with moe_runtime.init({"timeout_s": 60}) as runtime:
         model, optimizer = make(runtime, dtype=torch.bfloat16)
