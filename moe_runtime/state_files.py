@@ -35,7 +35,7 @@ KIND = "moe-runtime training state"
 MANIFEST = "manifest.json"
 FILE_BYTES = 256 << 20  # of tensors per file: a file is put together in memory once more while it is written
 _STEP = re.compile(r"step-(\d{6,})")
-_UNFINISHED = re.compile(r"\.step-\d{6,}\.(partial|old)")
+_UNFINISHED = re.compile(r"\.step-\d{6,}\.(partial|old|removed)")
 _OURS = re.compile(r"manifest\.json|rank_\d+|rank_\d+\.json|\.(manifest|rank_\d+)\.json\..*")
 # It says so whenever no_dist is asked for, which is how each rank writes its own folder here.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -54,7 +54,7 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         body = self._body()
-        return json.dumps({"crc32": _crc_of(body), **body}, indent=1).encode()
+        return json.dumps({"crc32": _crc_of(body), **body}).encode()
 
     def crc(self) -> int:
         return _crc_of(self._body())
@@ -229,7 +229,9 @@ def remove_old(folder: Path, damaged: Iterable[int], written: int, keep: int) ->
     for step in steps_to_remove(list_steps(folder), damaged, written, keep):
         path = final_path(folder, step)
         if is_ours(path):
-            shutil.rmtree(path)
+            removed = folder / f".{path.name}.removed"  # under its name it is whole, or not there
+            path.rename(removed)
+            shutil.rmtree(removed)
 
 
 def _sum_up(path: Path, sync: bool = False) -> list[int]:
@@ -259,7 +261,8 @@ def check_files(path: Path, manifest: Manifest, share: slice) -> None:
     there = {f"{file.parent.name}/{file.name}" for file in path.glob("rank_*/*.safetensors")}
     for name in sorted(there - set(manifest.files)):
         raise CheckpointError(f"{name} is not one of its files")
-    for name, expected in sorted(manifest.files.items())[share]:
+    largest_first = sorted(manifest.files.items(), key=lambda file: (-file[1][0], file[0]))
+    for name, expected in largest_first[share]:
         try:
             found = _sum_up(path / name)
         except FileNotFoundError:

@@ -119,11 +119,14 @@ def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
-def _generators(stored: list[Stored]) -> dict[str, tuple[Callable[[], torch.Tensor], Callable[[torch.Tensor], None]]]:
+_Generator = tuple[Callable[[], torch.Tensor], Callable[[torch.Tensor], None]]
+
+
+def _generators(stored: list[Stored]) -> dict[str, _Generator]:
     """How to get and set torch's generators of random numbers: the CPU's, and the device's where it shows one."""
-    found = {"cpu": (torch.get_rng_state, torch.set_rng_state)}
+    found: dict[str, _Generator] = {"cpu": (torch.get_rng_state, torch.set_rng_state)}
     device = stored[0].tensor.device.type
-    module = getattr(torch, device, None)
+    module: Any = getattr(torch, device, None)
     if device != "cpu" and hasattr(module, "get_rng_state") and hasattr(module, "set_rng_state"):
         found[device] = (module.get_rng_state, module.set_rng_state)
     return found

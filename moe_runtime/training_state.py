@@ -42,7 +42,8 @@ class Checkpoints:
         self.failure = ""
         self._writing: _Writing | None = None
         self._damaged: set[int] = set()
-        self._looked, self._newest = False, None
+        self._newest: Manifest | None = None
+        self._looked = False
         with runtime._same_outcome("open the training checkpoints"):
             if keep < 1:
                 raise ConfigError(f"keep must be at least 1 checkpoint, got {keep}")
@@ -92,7 +93,10 @@ class Checkpoints:
             extra = _plain(extra or {})
         if rank == 0:
             problem = _trying(lambda: _prepare(self.folder, partial))
-        problem = all_gather_message(runtime.transport, problem, "save of the training state (folder)")[0]
+        told = all_gather_message(runtime.transport, [step, problem], "save of the training state (folder)")
+        if any(theirs != step for theirs, _ in told):
+            raise ConfigError(f"training state: ranks save different steps: {[theirs for theirs, _ in told]}")
+        problem = told[0][1]
         if problem:
             self._conclude(step, problem)
             return
@@ -144,10 +148,10 @@ class Checkpoints:
 
     def _look(self) -> Manifest | None:
         runtime = self._runtime
-        steps, problem = [], ""
+        steps: list[int] = []
+        problem = ""
         if runtime.rank == 0:
-            problem = _trying(lambda: files.tidy(self.folder, restore_only=True))
-            steps = files.list_steps(self.folder)
+            problem = _trying(lambda: steps.extend(_list(self.folder)))
         steps, problem = all_gather_message(runtime.transport, [steps, problem], "list of training checkpoints")[0]
         if problem:
             raise CheckpointError(f"{self.folder}: cannot be read ({problem})")
@@ -165,8 +169,8 @@ class Checkpoints:
                 print(f"moe-runtime: {path} is damaged: {problem}; trying the one before", file=sys.stderr, flush=True)
         if steps:
             raise CheckpointError(
-                f"{self.folder}: none of the {len(steps)} checkpoints is whole (stderr says why); bring a good one "
-                "back, or move them away to start anew"
+                f"{self.folder}: none of the {len(steps)} checkpoints is whole on all ranks (stderr says why; all "
+                "hosts must share the folder); bring a good one back, or move them away to start anew"
             )
         return None
 
@@ -246,6 +250,11 @@ class _Publish:
                     "must share the folder, and the disk must be fast enough"
                 )
             time.sleep(_TICK_S / 2)
+
+
+def _list(folder: Path) -> list[int]:
+    files.tidy(folder, restore_only=True)
+    return files.list_steps(folder)
 
 
 def _prepare(folder: Path, partial: Path) -> None:

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from moe_runtime.state_tensors import spread
 from moe_runtime.training_state import Checkpoints
 
 BATCH, LENGTH = 6, 16
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
 def make(runtime, seed: int = 0, placement=None, dtype=torch.float32, **changes):
@@ -65,8 +67,8 @@ def everything(model, optimizer) -> dict[str, torch.Tensor]:
 
 
 def replicated(size: int):
-    """Experts 0 and 3 on every rank, the others dealt out, the last ranks first."""
-    owners = [list(range(size)) if e in (0, 3) else [(size - 1 - e) % size] for e in range(16)]
+    """Experts 0 and 3 on the first two ranks, the others dealt out over these; a third rank has none."""
+    owners = [[0, 1] if e in (0, 3) else [(e + 1) % 2] for e in range(16)]
     return from_owners([owners], size)
 
 
@@ -89,9 +91,13 @@ def straight_and_resumed(folder: Path, transport: str) -> None:
         checkpoints = Checkpoints(runtime, folder)
         assert checkpoints.load(model, optimizer) is None and checkpoints.saved_placement() is None
         train(runtime, model, optimizer, range(3), noise=True)
-        checkpoints.save(3, model, optimizer, {"tokens": 7, "rate": 0.1})
-        losses = train(runtime, model, optimizer, range(3, 6), noise=True)  # goes on while that is being written
-        checkpoints.close()
+        write, trained = state_files.write_part, threading.Event()
+        with pytest.MonkeyPatch.context() as patch:  # a disk so slow that three steps are taken before it writes
+            patch.setattr(state_files, "write_part", lambda *part: trained.wait(60) and write(*part))
+            checkpoints.save(3, model, optimizer, {"tokens": 7, "rate": 0.1})
+            losses = train(runtime, model, optimizer, range(3, 6), noise=True)
+            trained.set()
+            checkpoints.close()
         expected = everything(model, optimizer)
 
         again = Checkpoints(runtime, folder)
@@ -105,7 +111,7 @@ def straight_and_resumed(folder: Path, transport: str) -> None:
         assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
-@pytest.mark.parametrize("transport", ["auto", "zeromq"])
+@pytest.mark.parametrize("transport", ["gloo", "zeromq"])
 def test_resuming_on_the_same_ranks_is_the_straight_run_to_the_bit(tmp_path, transport):
     run_ranks(straight_and_resumed, 2, tmp_path, transport)
     (kept,) = tmp_path.iterdir()
@@ -144,7 +150,7 @@ def second_half(folder: Path, out: Path, with_replicas: bool) -> list[float]:
         return train(runtime, model, optimizer, range(3, 8))
 
 
-@pytest.mark.parametrize(("size", "with_replicas"), [(1, False), (3, False), (3, True), (2, True)])
+@pytest.mark.parametrize(("size", "with_replicas"), [(1, False), (3, True)])
 def test_resuming_on_other_ranks_and_placements_gives_the_same_losses(halfway, tmp_path, size, with_replicas):
     folder, expected = halfway
     losses = run_ranks(second_half, size, folder, tmp_path, with_replicas)
@@ -152,6 +158,28 @@ def test_resuming_on_other_ranks_and_placements_gives_the_same_losses(halfway, t
     before, after = stored(folder), stored(tmp_path)  # and what was loaded is what was stored, to the bit
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def saved_after_a_move(folder: Path) -> None:
+    with moe_runtime.init({"timeout_s": 60}) as runtime:
+        model, optimizer = make(runtime)
+        train(runtime, model, optimizer, range(2))
+        runtime.rebalance(model, replicated(runtime.size), optimizer, wait=True)
+        checkpoints = Checkpoints(runtime, folder)
+        checkpoints.save(2, model, optimizer, {})
+        losses = train(runtime, model, optimizer, range(2, 4))
+        expected = everything(model, optimizer)
+        placement = checkpoints.saved_placement()
+        assert placement.digest() == replicated(runtime.size).digest()
+        model, optimizer = make(runtime, seed=1, placement=placement)
+        checkpoints.load(model, optimizer)
+        assert train(runtime, model, optimizer, range(2, 4)) == losses
+        found = everything(model, optimizer)
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_a_run_whose_experts_have_moved_resumes_to_the_bit_where_they_are(tmp_path):
+    run_ranks(saved_after_a_move, 2, tmp_path)
 
 
 def masters(folder: Path) -> None:
