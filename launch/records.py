@@ -68,7 +68,7 @@ def _changed(path: Path) -> float:
 
 
 def _folder() -> Path:
-    return user_cache_folder() / "moe-runtime" / "jobs"
+    return user_cache_folder() / "moe_runtime" / "jobs"
 
 
 def _replace(path: Path, record: dict[str, Any]) -> None:
