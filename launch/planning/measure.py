@@ -7,8 +7,10 @@ nothing of other hosts and of accelerators; those stand in the cluster file (`tf
 from __future__ import annotations
 
 import statistics
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from ...core.cluster import Cluster, Node
 from ...core.errors import MoeRuntimeError
@@ -17,7 +19,7 @@ from ..preflight import is_here
 from .rates import Device, given_device
 
 _SECONDS = 0.15  # for each of the three measurements
-_BYTES = 256 << 20  # more than a cache holds
+_BYTES = 256 << 20  # of all ranks together: more than a cache holds
 
 
 def devices_of(cluster: Cluster, dtype: str, threads: int | None) -> list[Device | None]:
@@ -38,27 +40,42 @@ def devices_of(cluster: Cluster, dtype: str, threads: int | None) -> list[Device
 
 
 def measure_cpu(ranks: int, threads: int, dtype: str) -> Device:
-    """One of `ranks` CPU ranks with `threads` threads each, while all of them are busy."""
+    """One of `ranks` CPU ranks with `threads` threads each, while all of them are busy.
+
+    Threads of this process play the ranks: as many as the cores have room for, the others wait for their turn.
+    """
     import torch
 
-    used, before = min(available_cores(), ranks * threads), torch.get_num_threads()
-    torch.set_num_threads(used)
+    at_once, before = min(ranks, max(1, available_cores() // threads)), torch.get_num_threads()
+    torch.set_num_threads(threads)  # of every thread that computes
+    meeting = threading.Barrier(at_once, timeout=60.0)
     try:
-        kind = getattr(torch, dtype)
-        rows, weights = torch.ones(512, 1024, dtype=kind), torch.ones(1024, 1024, dtype=kind)
-        buffer = torch.ones(_BYTES // 4)
-        target = torch.empty_like(buffer)
-        flops = 2 * 512 * 1024 * 1024 / _seconds(lambda: torch.nn.functional.linear(rows, weights)) / ranks
-        read = _BYTES / _seconds(buffer.sum) / ranks
-        copied = _BYTES / _seconds(lambda: target.copy_(buffer)) / ranks
+        with ThreadPoolExecutor(at_once) as pool:
+            found = list(pool.map(lambda _: _rates(meeting, at_once, dtype), range(at_once)))
     finally:
         torch.set_num_threads(before)
-    alike = f"{ranks} ranks at once on {used} cores" if ranks > 1 else f"{used} thread{'s'[: used > 1]}"
+    flops, read, copied = (statistics.fmean(rates) * at_once / ranks for rates in zip(*found, strict=True))
+    alike = f"{ranks} ranks on {available_cores()} cores, " if ranks > 1 else ""
     source = (
-        f"measured here now ({alike}), each: {flops / 1e12:.3g} TFLOP/s in {dtype}, {read / 1e9:.3g} GB/s read, "
-        f"{copied / 1e9:.3g} GB/s copied"
+        f"measured here now ({alike}{threads} thread{'s'[: threads > 1]} each): {flops / 1e12:.3g} TFLOP/s in {dtype}, "
+        f"{read / 1e9:.3g} GB/s read, {copied / 1e9:.3g} GB/s copied"
     )
     return Device(flops, read, copied, source)
+
+
+def _rates(meeting: threading.Barrier, at_once: int, dtype: str) -> tuple[float, float, float]:
+    """(multiply-adds times 2, bytes read, bytes copied) per second of this thread, beside the others."""
+    import torch
+
+    kind = getattr(torch, dtype)
+    rows, weights = torch.ones(512, 1024, dtype=kind), torch.ones(1024, 1024, dtype=kind)
+    buffer = torch.ones(_BYTES // at_once // 4)
+    target, num_bytes = torch.empty_like(buffer), buffer.numel() * 4
+    return (
+        2 * 512 * 1024 * 1024 / _seconds(meeting, lambda: torch.nn.functional.linear(rows, weights)),
+        num_bytes / _seconds(meeting, buffer.sum),
+        num_bytes / _seconds(meeting, lambda: target.copy_(buffer)),
+    )
 
 
 def _is_cpu_here(node: Node) -> bool:
@@ -77,9 +94,10 @@ def _found_cpu() -> bool:
         return False
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    """The median of one call's seconds; the first is not counted."""
+def _seconds(meeting: threading.Barrier, work: Callable[[], object]) -> float:
+    """The median of one call's seconds, from when all threads are there; the first call is not counted."""
     work()
+    meeting.wait()
     taken, end = [], time.perf_counter() + _SECONDS
     while not taken or time.perf_counter() < end:
         start = time.perf_counter()
