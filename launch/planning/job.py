@@ -23,8 +23,8 @@ from .shape import ModelShape, read_shape, shape_of
 from .steps import PROMPT_TOKENS, Step, Work, buffers, predict
 
 _LEFT_OUT = (
-    "attention over earlier tokens, activations of the dense part and what is neither bytes nor multiply-adds are left "
-    "out; nothing overlaps"
+    "left out: attention's products with keys and values, activations of the dense part, all that is neither bytes nor "
+    "multiply-adds; nothing overlaps"
 )
 
 
@@ -56,8 +56,9 @@ def of_generate(arguments: Sequence[str], cluster: Cluster, threads: int | None 
     sequences, new = (_count(name, getattr(options, name)) for name in ("batch_size", "max_new_tokens"))
     compressed = _is_compressed(apply_overrides({}, options.runtime).get("wire_format"))
     prompt = math.ceil(PROMPT_TOKENS / sequences)
+    cached = sequences * (prompt + new / 2)  # in the middle of the answer
     works = (
-        Work(f"decode step of {sequences} tokens a rank", sequences, sequences, compressed=compressed),
+        Work(f"decode step of {sequences} tokens a rank", sequences, sequences, cached, compressed=compressed),
         Work(f"prefill of {prompt * sequences:,} tokens a rank", prompt * sequences, sequences, compressed=compressed),
     )
     cache = shape.cache_bytes(prompt + new)
@@ -86,7 +87,7 @@ def of_train(config: str, arguments: Sequence[str], cluster: Cluster, threads: i
     tokens = settings.batch_size * settings.sequence_length
     of_rank = tokens / cluster.num_ranks
     compressed = _is_compressed(settings.runtime.get("wire_format"))
-    work = Work(f"optimizer step of {tokens:,} tokens in all", of_rank, of_rank, True, compressed)
+    work = Work(f"optimizer step of {tokens:,} tokens in all", of_rank, of_rank, trains=True, compressed=compressed)
     placed = load_plan(base / settings.placement) if settings.placement else None
     return _job(shape, cluster, placed, (work,), threads, 0.0)
 

@@ -19,6 +19,7 @@ class ModelShape:
     layer. dense_weights: all others, which every rank holds; of them embedding_weights are looked up and not multiplied
     (0 where they are tied to the head), head_weights make logits. stored: the dtype the experts are held in.
     cache: of the KV cache, (values per token, window in tokens or None) for each kind of layer; None: not known.
+    expand_weights: multiply-adds of each cached token in each decode step: MLA's latent becomes keys and values anew.
     """
 
     name: str
@@ -34,6 +35,7 @@ class ModelShape:
     embedding_weights: int = 0
     head_weights: int = 0
     cache: tuple[tuple[int, int | None], ...] | None = None
+    expand_weights: int = 0
 
     def cache_bytes(self, tokens: int) -> float | None:
         """Of one sequence's KV cache, all layers, in the dense part's dtype; None where it is not known."""
@@ -115,6 +117,7 @@ def shape_of(config: Any, name: str, stored: str) -> ModelShape:
         layer_numbers(list(modules)),
         *_vocabulary_weights(model),
         cache_of(config),
+        sum(p.numel() for name, p in model.named_parameters() if name.endswith("self_attn.kv_b_proj.weight")),
     )
 
 

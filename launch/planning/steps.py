@@ -1,7 +1,8 @@
 """One step of a job on each rank, predicted: seconds of its parts, what bounds it, and bytes of its buffers.
 
-Pure: from sizes, a placement and rates. Terms add up, as in `moe-launch plan`: nothing overlaps. Attention over earlier
-tokens, activations of the dense part and everything that is not bytes or multiply-adds are left out.
+Pure: from sizes, a placement and rates. Terms add up, as in `moe-launch plan`: nothing overlaps. Left out are
+attention's products of queries with keys and values, activations of the dense part, and all that is not bytes or
+multiply-adds.
 """
 
 from __future__ import annotations
@@ -28,19 +29,21 @@ OPTIMIZER_PASSES = 7  # weights, gradients and two states are read; weights and 
 class Work:
     """One step. tokens: of each rank; logits: of them, those whose logits are needed (per rank).
 
-    compressed: rows travel to experts as FP8 or INT8 (wire_format), else in the model's dtype.
+    cached: tokens of a rank's sequences that a decode step finds in the KV cache. compressed: rows travel to experts
+    as FP8 or INT8 (wire_format), else in the model's dtype.
     """
 
     name: str
     tokens: float
     logits: float
+    cached: float = 0.0
     trains: bool = False
     compressed: bool = False
 
 
 @dataclass(frozen=True)
 class Term:
-    """Seconds of one part ("dense", "experts", "exchange", "optimizer") for one cause, in words."""
+    """Seconds of one part ("dense", "attention", "experts", "exchange", "optimizer") for one cause, in words."""
 
     part: str
     cause: str
@@ -85,7 +88,8 @@ def predict(
         if device is None:
             steps.append(None)
             continue
-        terms = [*_dense(shape, device, work), *_experts(shape, device, node, work, rows[rank], active[rank])]
+        terms = [*_dense(shape, device, work), *_attention(shape, device, work)]
+        terms += _experts(shape, device, node, work, rows[rank], active[rank])
         terms += exchange.terms(rank, device)
         if work.trains:
             held = shape.dense_bytes + held_bytes(shape, placed)[rank]
@@ -118,6 +122,12 @@ def _dense(shape: ModelShape, device: Device, work: Work) -> list[Term]:
         Term("dense", "reading weights", passes * read / device.read_bytes),
         Term("dense", "matmul", times * 2 * products / device.flops),
     ]
+
+
+def _attention(shape: ModelShape, device: Device, work: Work) -> list[Term]:
+    """What transformers does to the whole cache in every decode step of MLA; the projections are the dense part's."""
+    products = work.cached * shape.expand_weights
+    return [Term("attention", "expanding the KV cache", 2 * products / device.flops)] if products else []
 
 
 def _experts(shape: ModelShape, device: Device, node: Node, work: Work, rows: float, active: float) -> list[Term]:
