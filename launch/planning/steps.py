@@ -159,7 +159,8 @@ class Exchange:
         self.visits_R = self._visits(self.part_LR).sum(axis=0)  # of a token, in all layers
         names = [node.name for node in self.nodes]
         self.visits_of_node = {
-            name: float(self._visits(self.part_LR[:, [n == name for n in names]].sum(axis=1)).sum()) for name in names
+            name: float(self._visits(self.part_LR[:, [n == name for n in names]].sum(axis=1)).sum())
+            for name in dict.fromkeys(names)
         }
 
     def _visits(self, part: np.ndarray) -> np.ndarray:
