@@ -141,7 +141,7 @@ def _train(options: argparse.Namespace) -> int:
     target = ["-m", "moe_runtime.launch.jobs.train", options.config, *_job_arguments(options)]
 
     def predict(cluster: Cluster) -> Any:
-        return _planning_job().of_train(options.config, options.job_arguments, cluster)
+        return _planning_job().of_train(options.config, options.job_arguments, cluster, options.threads_per_rank)
 
     return _launch(options, "train", target, clean_stdout=False, files=[options.config], predict=predict)
 
@@ -151,7 +151,7 @@ def _generate(options: argparse.Namespace) -> int:
     target = ["-m", "moe_runtime.launch.jobs.generate", *_job_arguments(options)]
 
     def predict(cluster: Cluster) -> Any:
-        return _planning_job().of_generate(options.job_arguments, cluster)
+        return _planning_job().of_generate(options.job_arguments, cluster, options.threads_per_rank)
 
     words = options.job_arguments
     model = [words[n + 1] for n, word in enumerate(words[:-1]) if word == "--model"]
@@ -193,8 +193,8 @@ def _launch(
 ) -> int:
     """Start `target` (the worker's arguments) on every rank, or show what would be started.
 
-    files: what every node must have. predict: for jobs whose model is known, what the ranks would hold
-    (planning.plan.Planned), for --dry-run.
+    files: what every node must have. predict: for jobs whose model is known, what the ranks would hold and take
+    (planning.job.Job), for --dry-run.
     """
     job = re.sub(r"[^\w.-]", "_", options.rdzv_id or job)
     options.engine = options.engine or ("local" if options.nnodes in (None, "1", "1:1") else "torchrun")
@@ -260,12 +260,13 @@ def _launch_nodes(
 
 
 def _show_ranks(cluster: Cluster, predict: Callable[[Cluster], Any] | None, commands: Sequence[str] = ()) -> None:
-    """--dry-run: where each rank would be, what it would hold where the model is known, and its command."""
-    held, said = [""] * cluster.num_ranks, ""
+    """--dry-run: where each rank would be, what it would hold and take where the model is known, and its command."""
+    held: list[list[str]]
+    held, said = [[]] * cluster.num_ranks, ""
     try:
         if predict:
-            planned = predict(cluster)
-            held, said = _planning_job().rank_lines(planned), _planning_job().summary(planned)
+            job = predict(cluster)
+            held, said = _planning_job().rank_lines(job), _planning_job().summary(job)
     except USER_ERRORS as error:  # the model may lie on other machines only; the commands are shown all the same
         said = f"what ranks would hold is not known: {one_line(error)}"
     if said:
@@ -275,9 +276,8 @@ def _show_ranks(cluster: Cluster, predict: Callable[[Cluster], Any] | None, comm
         emulated = " (emulated)" if node.emulate else ""
         where = f"node {node.name}  host {node.host}  device {node.vendor}:{device}"
         print(f"rank {rank}  {where}" + (f"  island {island}{emulated}" if island != "auto" else ""))
-        for line in (holds, *commands[rank : rank + 1]):
-            if line:
-                print(f"  {line}")
+        for line in (*holds, *commands[rank : rank + 1]):
+            print(f"  {line}")
 
 
 def _local_cluster(options: argparse.Namespace) -> Cluster:

@@ -76,6 +76,7 @@ def test_the_digest_is_the_same_for_the_same_cluster_only(tmp_path):
         ("[[node]]\nname = 'a'\ndevices = true\n", '("a")', "whole number"),
         ("[[node]]\nname = 'a'\ndevices = 1.5\n", '("a")', "whole number"),
         ("[[node]]\nname = 'a'\nspeed = 0\n", '("a")', "above 0"),
+        ("[[node]]\nname = 'a'\ntflops = 5\n", '("a")', "tflops and memory_gb_s go together"),
         ("[[node]]\nname = 'a'\nspeed = nan\n", '("a")', "above 0"),
         ("[[node]]\nname = 'a'\nmemory_gib = '8'\n", '("a")', "above 0"),
         ("[[node]]\nname = 'a'\nenv = { A = 1 }\n", '("a")', "table of strings"),

@@ -555,7 +555,11 @@ def test_a_requeued_training_goes_on_from_its_checkpoint(slurm, tmp_path):
     """The losses are those of a run that nobody interrupted: on as many ranks, to the bit."""
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.py").write_text(Path(__file__).read_text())
-    lines = [line for line in CONFIG.splitlines() if not line.startswith(("cluster", "record", "steps", "output", "log_every"))]
+    lines = [
+        line
+        for line in CONFIG.splitlines()
+        if not line.startswith(("cluster", "record", "steps", "output", "log_every"))
+    ]
     (tmp_path / "train.toml").write_text('output = "@"\nsteps = 150\nlog_every = 1\n' + "\n".join(lines))
     cluster = cluster_file(tmp_path, ["n1", "n2"])
     words = ["train", tmp_path / "train.toml", "--set", "checkpoint_every=5"]

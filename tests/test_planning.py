@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from families import FAMILIES, reference_model, write_checkpoint
+import torch
+from families import FAMILIES, family_config, reference_model, write_checkpoint
 
+from moe_runtime.core.cluster import Cluster, Link, Node
 from moe_runtime.experts import placement, traces
 from moe_runtime.experts.placement.nodes import replicas_taken
 from moe_runtime.launch import cli
 from moe_runtime.launch.planning import published
-from moe_runtime.launch.planning.rates import make_rates
-from moe_runtime.launch.planning.shape import read_shape
+from moe_runtime.launch.planning.rates import Device, given_device, make_rates
+from moe_runtime.launch.planning.shape import ModelShape, read_shape, shape_of
+from moe_runtime.launch.planning.steps import Work, buffers, predict
 
 ROOT = Path(__file__).resolve().parent.parent
 V3, MIXED = str(ROOT / "configs/deepseek-v3/config.json"), str(ROOT / "configs/mixed-24.toml")
@@ -58,6 +62,21 @@ def test_sizes_are_those_of_transformers_model(family, tmp_path):
     everything = sum(p.numel() for p in reference_model(family).parameters())
     assert shape.num_experts == 16
     assert shape.dense_weights + shape.num_layers * 16 * shape.expert_weights == everything
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "deepseek_v4"])
+def test_the_kv_cache_has_the_size_of_transformers_own(family):
+    tokens = 40  # more than gpt_oss's sliding window
+    with torch.no_grad():
+        out = reference_model(family)(input_ids=torch.ones(1, tokens, dtype=torch.long), use_cache=True)
+    cache = out.past_key_values if "past_key_values" in out else out.cache
+    held = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values", "indexer_keys")]
+    wanted = sum(tensor.numel() * tensor.element_size() for tensor in held if tensor is not None)
+    assert shape_of(family_config(family), family, "float32").cache_bytes(tokens) == wanted
+
+
+def test_a_cache_of_its_own_kind_is_not_guessed_at():
+    assert shape_of(family_config("deepseek_v4"), "v4", "float32").cache_bytes(40) is None
 
 
 # ---------------------------------------------------------------- plan
@@ -146,9 +165,8 @@ def test_a_dry_run_says_what_each_rank_would_hold(capsys):
     code, out, _ = launch(capsys, *words)
     assert code == 0 and out.startswith("predicted, all experts alike")
     assert out.count("slots for 256 experts in each of 58 layers") == 24
-    assert (
-        "18 slots for 256 experts in each of 58 layers: 42.8 GiB (fp8) beside a dense part of 31.9 GiB; 21.3 GiB" in out
-    )
+    assert "18 slots for 256 experts in each of 58 layers: 42.8 GiB (fp8) beside a dense part of 31.9 GiB" in out
+    assert "KV cache 102.9 MiB; 20.7 GiB left" in out  # 61 layers, 576 values a token, 8 x (128 + 64) tokens
     words.remove("--keep-fp8")
     assert (
         "what ranks would hold is not known: 256 experts of 4.76 GiB (all layers) do not fit"
@@ -156,6 +174,112 @@ def test_a_dry_run_says_what_each_rank_would_hold(capsys):
     )
     code, out, _ = launch(capsys, "train", ROOT / "configs/demo.toml", "--dry-run")
     assert code == 0 and "10 slots for 16 experts" in out and "6 slots for 16 experts" in out
+    assert "measured here now (2 ranks on " in out and out.count("AdamW state") == 2
+    assert out.count("optimizer step of 2,048 tokens in all: ") == 3 and "is the slowest, bound by " in out
+
+
+def test_a_dry_run_takes_rates_from_the_cluster_file_and_says_where_it_has_none(capsys, tmp_path):
+    (tmp_path / "cluster.toml").write_text(
+        """
+        [[node]]
+        name = "big-1"
+        host = "big-1.invalid"
+        vendor = "ascend"
+        memory_gib = 400
+        tflops = 200
+        memory_gb_s = 1000
+        [[node]]
+        name = "big-2"
+        host = "big-2.invalid"
+        vendor = "hygon"
+        memory_gib = 336.6
+        """
+    )
+    words = ["generate", "--engine", "ssh", "--cluster", tmp_path / "cluster.toml", "--prompt", "x", "--dry-run"]
+    code, out, err = launch(capsys, *words, "--model", ROOT / "configs/deepseek-v3", "--keep-fp8", "--batch-size", "2")
+    assert code == 0, err
+    assert "rates of big-1: given in the cluster file: 200 TFLOP/s, 1000 GB/s" in out
+    assert "no seconds for big-2: not a CPU of this host; give tflops and memory_gb_s" in out
+    assert "exchange not counted between big-1 and big-2: give a [[link]]" in out
+    assert out.count("  decode step of 2 tokens a rank: ") == 1 and "without exchange between big-1 and big-2" in out
+    # The weights alone fit on big-2; with the buffers they do not.
+    left = [line for line in out.splitlines() if line.startswith("  buffers: ")]
+    assert left[0].endswith(" GiB left") and "DOES NOT FIT, " in left[1] and left[1].endswith(" MiB short")
+
+
+@pytest.mark.parametrize("word", ["0", "many"])
+def test_a_dry_run_with_a_bad_number_says_so(capsys, word):
+    words = ["generate", "--model", Path(V3).parent, "--cluster", MIXED, "--prompt", "x", "--dry-run"]
+    assert f"--batch-size {word}: must be a whole number" in launch(capsys, *words, "--batch-size", word)[1]
+
+
+# ---------------------------------------------------------------- steps
+
+SMALL = ModelShape("made up", 4, 16, 4, 512, 300_000, 2_000_000, "bfloat16", 2, cache=((100, None),))
+DECODE, PREFILL = Work("decode", 8, 8), Work("prefill", 1024, 8)
+TRAIN = Work("train", 1024, 1024, trains=True)
+
+
+def small_steps(work: Work, *devices: Device, gbit_s: float | None = None, shape: ModelShape = SMALL, **node):
+    nodes = tuple(Node(f"n{n}", host=f"h{n}", **node) for n in range(len(devices)))
+    links = (Link(("n0", "n1"), gbit_s, 1.0),) if gbit_s else ()
+    placed = placement.proportional(4, 16, [1.0] * len(devices))
+    return predict(shape, Cluster(nodes, links), placed, devices, work)
+
+
+def test_twice_the_bandwidth_halves_a_step_that_reads_weights_and_no_other():
+    (slow,), (fast,) = (small_steps(DECODE, given_device(1, gb_s)) for gb_s in (1, 2))
+    assert slow.bound.cause == "reading weights" and fast.seconds == pytest.approx(slow.seconds / 2, rel=0.02)
+    (slow,), (fast,) = (small_steps(PREFILL, given_device(1, gb_s)) for gb_s in (1e5, 2e5))
+    assert slow.bound.cause == "matmul" and fast.seconds == pytest.approx(slow.seconds, rel=0.02)
+
+
+def test_a_step_is_the_sum_of_what_is_read_and_multiplied():
+    (step,) = small_steps(PREFILL, given_device(2, 4))
+    read = (2_000_000 + 4 * 16 * 300_000) * 2 / 4e9  # with so many tokens every expert is active
+    products = 2 * 1024 * (2_000_000 + 4 * 4 * 300_000) / 2e12
+    assert step.seconds == pytest.approx(read + products) and set(step.parts) == {"dense", "experts", "exchange"}
+    assert step.parts["exchange"] == 0
+
+
+def test_a_slow_link_becomes_the_bound_and_is_named():
+    device = given_device(1, 100)
+    fast, slow = (small_steps(PREFILL, device, device, gbit_s=gbit_s) for gbit_s in (1e5, 1))
+    assert fast[0].bound.part == "experts" and slow[0].bound.cause == "link n0-n1 at 1 Gbit/s"
+    # A token has one of its 4 experts on the other node with 15/16; out and home, 1 KiB each, in all 4 layers.
+    wanted = 4 * 1024 * 15 / 16 * 2 * 1024 / (1e9 / 8) + 2 * 4 * 1e-6
+    assert slow[0].parts["exchange"] == pytest.approx(wanted)
+    without = small_steps(PREFILL, device, device)[0]
+    assert without.parts["exchange"] == 0 and without.unknown == (("n0", "n1"),)
+
+
+def test_a_rank_without_rates_has_no_seconds_and_emulated_slowness_counts():
+    device = given_device(1, 1)
+    known, unknown = small_steps(DECODE, device, None)
+    assert known is not None and unknown is None
+    (slowed,) = small_steps(DECODE, device, emulate_speed=0.5)
+    (full,) = small_steps(DECODE, device)
+    assert slowed.parts["experts"] == pytest.approx(2 * full.parts["experts"])
+    assert slowed.parts["dense"] == full.parts["dense"]
+
+
+def test_training_multiplies_three_times_and_holds_gradients_and_optimizer_state():
+    device, many = given_device(1, 1e6), placement.proportional(4, 16, [1.0])
+    (forward,), (whole,) = small_steps(PREFILL, device), small_steps(TRAIN, device)
+    assert whole.parts["experts"] == pytest.approx(3 * forward.parts["experts"])
+    assert whole.parts["optimizer"] > 0
+    (extra,) = buffers(SMALL, Cluster((Node("a"),)), many, TRAIN)
+    weights = 2_000_000 + 4 * 16 * 300_000  # held in bfloat16: float32 gradients, two moments and a master
+    assert extra["gradients"] == 4 * weights and extra["AdamW state"] == 12 * weights
+    (rows,) = (b["dispatch rows"] for b in buffers(SMALL, Cluster((Node("a"),)), many, PREFILL))
+    assert extra["dispatch rows"] == pytest.approx(4 * rows)  # the backward pass needs those of every layer
+
+
+def test_a_cached_latent_is_expanded_in_every_decode_step():
+    shape = dataclasses.replace(SMALL, expand_weights=50_000)
+    (step,) = small_steps(Work("decode", 8, 8, cached=1000), given_device(1, 1e6), shape=shape)
+    assert step.parts["attention"] == pytest.approx(2 * 1000 * 50_000 / 1e12)
+    assert step.bound.cause == "expanding the KV cache"
 
 
 # ---------------------------------------------------------------- rates

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,27 @@ class Rates:
     unit: str = "s"
 
 
+@dataclass(frozen=True)
+class Device:
+    """What one rank's device reaches: multiply-adds times 2, bytes read and bytes copied, per second."""
+
+    flops: float
+    read_bytes: float
+    copied_bytes: float
+    source: str
+
+
+def given_device(tflops: float, memory_gb_s: float) -> Device:
+    """As a node of the cluster file says it. A copy reads and writes: half the rate."""
+    source = f"given in the cluster file: {tflops:g} TFLOP/s, {memory_gb_s:g} GB/s"
+    return Device(tflops * 1e12, memory_gb_s * 1e9, memory_gb_s * 1e9 / 2, source)
+
+
+def expert_seconds(shape: ModelShape, flops: float, read_bytes: float) -> tuple[float, float]:
+    """(seconds of one token in one expert, seconds to read an active expert's weights)."""
+    return 2 * shape.products_per_row / flops, shape.expert_bytes / read_bytes
+
+
 def add_options(group: Any) -> None:
     """The options that say how fast a device of speed 1 is."""
     what = "what `moe-launch bench experts --layer --json` wrote on a device of speed 1"
@@ -55,8 +77,8 @@ def make_rates(options: argparse.Namespace, shape: ModelShape) -> Rates:
         if given:
             raise ConfigError("--memory-gb-s without --tflops; give both, or --tflops alone")
         return speeds_only(shape)
-    per_row = 2 * shape.products_per_row / (options.tflops * 1e12)
-    per_expert = shape.expert_bytes / (options.memory_gb_s * 1e9) if options.memory_gb_s else 0.0
+    read_bytes = options.memory_gb_s * 1e9 if options.memory_gb_s else math.inf
+    per_row, per_expert = expert_seconds(shape, options.tflops * 1e12, read_bytes)
     source = f"given: {options.tflops:g} TFLOP/s"
     source += f", {options.memory_gb_s:g} GB/s of weights" if options.memory_gb_s else "; reading weights costs nothing"
     return Rates(per_row, per_expert, bytes_per_row, source)

@@ -16,7 +16,11 @@ EXPERT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 1.0 + 4.
 @dataclass(frozen=True)
 class ModelShape:
     """layers: expert layers' numbers in the model, where their names say so. expert_weights: of one expert of one
-    layer. dense_weights: all others, which every rank holds. stored: the dtype the experts are held in."""
+    layer. dense_weights: all others, which every rank holds; of them embedding_weights are looked up and not multiplied
+    (0 where they are tied to the head), head_weights make logits. stored: the dtype the experts are held in.
+    cache: of the KV cache, (values per token, window in tokens or None) for each kind of layer; None: not known.
+    expand_weights: multiply-adds of each cached token in each decode step: MLA's latent becomes keys and values anew.
+    """
 
     name: str
     num_layers: int
@@ -28,6 +32,17 @@ class ModelShape:
     stored: str
     dense_bytes_per_weight: float
     layers: tuple[int, ...] | None = None
+    embedding_weights: int = 0
+    head_weights: int = 0
+    cache: tuple[tuple[int, int | None], ...] | None = None
+    expand_weights: int = 0
+
+    def cache_bytes(self, tokens: int) -> float | None:
+        """Of one sequence's KV cache, all layers, in the dense part's dtype; None where it is not known."""
+        if self.cache is None:
+            return None
+        kept = sum(values * min(tokens, tokens if window is None else window - 1) for values, window in self.cache)
+        return kept * self.dense_bytes_per_weight
 
     @property
     def expert_bytes(self) -> float:
@@ -100,4 +115,34 @@ def shape_of(config: Any, name: str, stored: str) -> ModelShape:
         stored,
         held.itemsize,
         layer_numbers(list(modules)),
+        *_vocabulary_weights(model),
+        cache_of(config),
+        sum(p.numel() for name, p in model.named_parameters() if name.endswith("self_attn.kv_b_proj.weight")),
     )
+
+
+def _vocabulary_weights(model: Any) -> tuple[int, int]:
+    """(embedding_weights, head_weights) of a ModelShape."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None:
+        return embedding.weight.numel(), 0
+    tied = model.config.tie_word_embeddings or head.weight is embedding.weight
+    return 0 if tied else embedding.weight.numel(), head.weight.numel()
+
+
+def cache_of(config: Any) -> tuple[tuple[int, int | None], ...] | None:
+    """`cache` of a ModelShape, as transformers keeps it: of MLA the compressed latent and the rotary key, else keys and
+    values; layers with a sliding window keep one token less than it. None for models with a cache of their own kind.
+    """
+    if any(hasattr(config, name) for name in ("compress_rates", "compress_ratios")):  # DeepSeek-V4
+        return None
+    if getattr(config, "kv_lora_rank", None):
+        values = config.kv_lora_rank + config.qk_rope_head_dim + (getattr(config, "index_head_dim", None) or 0)
+    else:
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        values = 2 * size * config.num_key_value_heads
+    window, layers = getattr(config, "sliding_window", None), config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers
+    sliding = kinds.count("sliding_attention") if window else 0
+    found = ((values * (layers - sliding), None), (values * sliding, window))
+    return tuple(kind for kind in found if kind[0])

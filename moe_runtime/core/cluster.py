@@ -37,7 +37,9 @@ class Node:
     that part of what they can do, so that unequal nodes can be tried on equal ones. `island` divides nodes of one
     vendor whose libraries do not reach each other: those with the same word do. `interface` is the network interface
     for traffic between nodes (None: the one that leads to the first node), `visible_devices` which devices the ranks
-    may see, as the vendor's own variable says it ("0,1"). Raises ConfigError on a value that cannot be used.
+    may see, as the vendor's own variable says it ("0,1"). `tflops` (10^12 multiply-adds times 2 per second) and
+    `memory_gb_s` (10^9 bytes of weights read per second) are what EACH device reaches, given both or neither; only
+    --dry-run reads them. Raises ConfigError on a value that cannot be used.
     """
 
     name: str
@@ -53,9 +55,13 @@ class Node:
     island: str | None = None
     interface: str | None = None
     visible_devices: str | None = None
+    tflops: float | None = None
+    memory_gb_s: float | None = None
 
     def __post_init__(self) -> None:
         _check_values(self, _NODE_KEYS)
+        if (self.tflops is None) != (self.memory_gb_s is None):
+            raise ConfigError("tflops and memory_gb_s go together; give both, or neither")
 
 
 @dataclass(frozen=True)
@@ -245,6 +251,7 @@ _TEXT = ("a non-empty string", _is_text, str)
 _POSITIVE = ("a number above 0", lambda value: _is_number(value) and value > 0, float)
 _OPTIONAL = (
     "memory_gib", "speed", "python", "emulate", "emulate_speed", "island", "interface", "visible_devices",
+    "tflops", "memory_gb_s",
 )  # fmt: skip
 _NODE_KEYS: _Keys = {
     "name": _TEXT,
@@ -260,6 +267,8 @@ _NODE_KEYS: _Keys = {
     "island": _TEXT,
     "interface": _TEXT,
     "visible_devices": _TEXT,
+    "tflops": _POSITIVE,
+    "memory_gb_s": _POSITIVE,
 }
 _LINK_KEYS: _Keys = {
     "between": ("a pair of different node names", _is_pair, tuple),
