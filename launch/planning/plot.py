@@ -1,14 +1,13 @@
-"""Figures of plan and simulate; the one importer of matplotlib."""
+"""Figures of plan and simulate."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...core.errors import ConfigError
-from ...core.files import write_atomically
+from ..figures import new_figure, write_figure
 
 if TYPE_CHECKING:
     from .plan import Planned
@@ -19,7 +18,7 @@ BEFORE, AFTER, LINE = "#b8b8b8", "#2a6fbb", "#c0392b"
 
 def plan_figure(planned: Planned, path: str) -> None:
     """The load as a heat map, experts of each layer sorted; each rank's time in the even split and in the plan."""
-    figure, (left, right) = _figure(path, 2, (13, 5))
+    figure, (left, right) = new_figure(path, 2, (13, 5))
     load = np.sort(planned.plan.load, axis=1)[:, ::-1]
     mean = load.mean(axis=1, keepdims=True)
     image = left.imshow(load / np.where(mean > 0, mean, 1), aspect="auto", cmap="viridis", vmin=0)
@@ -32,12 +31,12 @@ def plan_figure(planned: Planned, path: str) -> None:
     right.axhline(planned.bound * scale, color=LINE, linewidth=1, label="no placement's slowest rank is below")
     right.set(title="predicted time of a step, all expert layers", xlabel="rank", ylabel=unit)
     right.legend()
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def simulate_figure(rows: Sequence[Row], path: str) -> None:
     """Balancedness by number of ranks, a line per question, policy and dispatch (mean over workloads)."""
-    figure, (axis,) = _figure(path, 1, (9, 5))
+    figure, (axis,) = new_figure(path, 1, (9, 5))
     for question in dict.fromkeys(row.question for row in rows):
         for policy, dispatch in dict.fromkeys((row.policy, row.dispatch) for row in rows):
             found = [row for row in rows if (row.question, row.policy, row.dispatch) == (question, policy, dispatch)]
@@ -49,23 +48,4 @@ def simulate_figure(rows: Sequence[Row], path: str) -> None:
     axis.set(title="predicted balancedness", xlabel="ranks", ylabel="perfectly divided / slowest rank", ylim=(0, 1.02))
     axis.set_xscale("log", base=2)
     axis.legend(fontsize=8)
-    _write(figure, path)
-
-
-def _figure(path: str, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
-    if not path.lower().endswith((".png", ".pdf", ".svg")):
-        raise ConfigError(f"--plot {path}: the name must end in .png, .pdf or .svg")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError("--plot needs matplotlib; install it with: pip install 'moe-runtime[plot]'") from None
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, columns, squeeze=False)[0]
-    return figure, axes
-
-
-def _write(figure: Any, path: str) -> None:
-    kind = path.rpartition(".")[2].lower()
-    write_atomically(path, lambda file: figure.savefig(file, format=kind, dpi=120))
+    write_figure(figure, path)
