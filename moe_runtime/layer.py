@@ -23,6 +23,7 @@ from .core.placement import Placement
 from .core.spans import spans
 from .experts.compute import grouped_experts
 from .experts.routing import ReplicaChooser
+from .turns import note_states, pass_turn
 
 if TYPE_CHECKING:
     from .recorder import Recorder
@@ -49,6 +50,7 @@ class LayerState:
     earlier_tokens: np.ndarray | None = None  # per expert, computed under placements before this one
     passes: int = 0
     before_exchange: Callable[[int], None] | None = None  # live rebalancing (rebalance.py)
+    meanwhile: Callable[[torch.Tensor], None] | None = None  # what is computed while rows travel (overlap.py)
     states: list[int] = field(default_factory=list)  # of all ranks, at the latest exchange
 
     def tokens_per_expert(self, rank: int) -> np.ndarray:
@@ -83,11 +85,17 @@ class ExpertParallel:
         if layer.recorder is not None:
             layer.recorder.add(layer.index, topk_ids_TK)
         with spans("dispatch"):
-            rows, handle = layer.dispatcher.dispatch(
+            arrive = layer.dispatcher.start_dispatch(
                 x_TH, slots_TK, topk_weights_TK, expand=layer.per_expert_sums, tag=layer.index, state=state
             )
+        if layer.meanwhile is not None and state == WORKING:
+            layer.meanwhile(x_TH)
+        pass_turn()
+        with spans("dispatch"):
+            rows, handle = arrive()
         layer.tokens_per_slot += handle.rows_per_slot
         layer.states = handle.states
+        note_states(handle.states)
         start = time.perf_counter()
         with spans("experts"):
             if layer.recompute and self.training and torch.is_grad_enabled():
@@ -99,7 +107,10 @@ class ExpertParallel:
             time.sleep((time.perf_counter() - start) * (layer.slowdown - 1))
         layer.expert_seconds += time.perf_counter() - start
         with spans("combine"):
-            return layer.dispatcher.combine(outputs, handle)
+            bring_home = layer.dispatcher.start_combine(outputs, handle)
+        pass_turn()
+        with spans("combine"):
+            return bring_home()
 
     def idle_exchange(self, chain: torch.Tensor) -> torch.Tensor:
         """Take part with no token of one's own. `chain` [0, H] ties successive layers' backward passes together."""

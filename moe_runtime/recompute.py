@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from .balance import find_routers
 from .core.errors import ConfigError
 from .layer import ExpertParallel
+from .overlap import EarlyModule
 
 CHOICES = ("none", "experts", "all")
 
@@ -31,7 +32,10 @@ def recompute(model: Any, what: str) -> int:
         layer.moe_runtime_layer.recompute = what != "none"
     others = list(_local_modules(model)) if what == "all" else []
     for module in others:
-        module.forward = functools.partial(_again, module, module.forward)
+        if isinstance(module.forward, EarlyModule):
+            module.forward.compute = functools.partial(_again, module, module.forward.compute)
+        else:
+            module.forward = functools.partial(_again, module, module.forward)
     return len(others) + (len(layers) if what != "none" else 0)
 
 

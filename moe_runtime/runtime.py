@@ -16,7 +16,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from . import gradients, loading, saving
+from . import gradients, loading, overlap, saving
 from .checkpoint import CheckpointReader
 from .comm import cuda, formats, staging
 from .comm.dispatch import IDLE, Dispatcher
@@ -92,6 +92,7 @@ class Runtime:
         self._slowdown = self._emulated_slowdown()
         self._rebalancers: weakref.WeakSet[Rebalancer] = weakref.WeakSet()
         self._join_depth = 0
+        self._early_layers = 0  # of the latest model, whose shared expert is computed while rows travel
         self._dense_layers = 0  # of the latest model, that take the C kernel for a few rows
 
     # ---- models -------------------------------------------------------------------------------------------------
@@ -193,6 +194,7 @@ class Runtime:
         )
         if self.config.dense_kernel == "auto" and self.device.type == "cpu":
             self._dense_layers = dense.use_few_rows_kernel(model)
+        self._early_layers = overlap.compute_shared_experts_early(model) if self.size > 1 else 0
         self.view = View(self.view.number + 1, self.view.ranks, placement)
         if self.config.rebalance == "auto" and self.size > 1:
             dispatch = "split" if self.config.replica_choice == "balanced" else "static"
@@ -437,6 +439,8 @@ class Runtime:
         ]
         if self.view.placement is not None:
             counts = np.bincount(self.view.placement.slot_rank, minlength=self.size).tolist()
+            if self._early_layers:
+                lines.append(f"shared experts: computed while rows travel, in {self._early_layers} layers")
             lines.append(
                 f"view {self.view.number}: slots per rank {counts} for {self.view.placement.num_experts} experts"
             )
