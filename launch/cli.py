@@ -154,8 +154,8 @@ def _generate(options: argparse.Namespace) -> int:
         return _planning_job().of_generate(options.job_arguments, cluster, options.threads_per_rank)
 
     words = options.job_arguments
-    model = [words[n + 1] for n, word in enumerate(words[:-1]) if word == "--model"]
-    return _launch(options, "generate", target, clean_stdout=True, files=model, predict=predict)
+    needed = [words[n + 1] for n, word in enumerate(words[:-1]) if word in ("--model", "--placement", "--input")]
+    return _launch(options, "generate", target, clean_stdout=True, files=needed, predict=predict)
 
 
 def _planning_job() -> Any:
