@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .core.errors import CheckpointError
-from .experts.fp8 import BLOCK, dequantize_blocks
+from .experts.blocks import BLOCK, dequantize_blocks
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -22,7 +22,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, bui
 from .checkpoint import CheckpointReader
 from .core.errors import CheckpointError, ConfigError
 from .core.tensors import empty_weights
-from .experts.fp8 import BLOCK
+from .experts.blocks import BLOCK
 from .layer import experts_modules
 
 Progress = Callable[[int, int], None]

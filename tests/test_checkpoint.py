@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 import moe_runtime
 from moe_runtime.checkpoint import INDEX, SINGLE, CheckpointReader
 from moe_runtime.errors import CheckpointError, ConfigError
-from moe_runtime.experts.fp8 import dequantize_blocks, quantize_blocks
+from moe_runtime.experts.blocks import dequantize_blocks, quantize_blocks
 from moe_runtime.experts.placement import from_owners, proportional
 from moe_runtime.layer import experts_modules
 

@@ -79,7 +79,7 @@ def measure_table(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch.nn.functional as F
 
     from ...core import native
-    from ...experts.fp8 import quantize_blocks
+    from ...experts.blocks import quantize_blocks
 
     torch.set_num_threads(arguments.threads)
     weights = torch.randn(arguments.experts, arguments.width, arguments.width).bfloat16()
