@@ -23,17 +23,20 @@ from transformers.core_model_loading import revert_weight_conversion
 from .checkpoint import INDEX, SINGLE
 from .comm.transport import Transport
 from .comm.wire import all_gather_message
-from .core.errors import CheckpointError, ConfigError
+from .core.errors import CheckpointError
+from .expert_dtypes import refuse_8_bits
 from .layer import experts_modules
 
 
 def save_checkpoint(
     model: PreTrainedModel, folder: Path, transport: Transport, tokenizer: Any = None, max_shard_bytes: int = 1 << 30
 ) -> None:
-    """Write config, weights and tokenizer. Every rank calls. Raises CheckpointError on every rank when rank 0 cannot.
+    """Write config, weights and tokenizer. Every rank calls. Raises CheckpointError on every rank when rank 0 cannot,
+    and ConfigError where any rank's experts are in 8 bits.
 
     After a failure nothing is left under the final name, and a checkpoint that stood there before still stands.
     """
+    refuse_8_bits(model, "saved")
     folder = folder.resolve()
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     writer = _ShardWriter(partial, max_shard_bytes) if transport.rank == 0 else None
@@ -75,8 +78,6 @@ def _expert_tensors(
     model: PreTrainedModel, name: str, value: torch.Tensor, module: Any, transport: Transport
 ) -> Iterator[tuple[str, torch.Tensor]]:
     layer = module.moe_runtime_layer
-    if value.dtype == torch.float8_e4m3fn or name.endswith("_scale_inv"):
-        raise ConfigError("a model whose experts are kept in FP8 cannot be saved; load it without keeping FP8")
     names_of = _per_expert_names(model, name, value)
     fused = None if names_of or transport.rank else value.new_empty((layer.placement.num_experts, *value.shape[1:]))
     for expert in range(layer.placement.num_experts):

@@ -159,7 +159,8 @@ def _make_model(config: TrainConfig, base: Path, runtime: moe_runtime.Runtime) -
     dtype = getattr(torch, config.dtype)
     placement = base / config.placement if config.placement else None
     if set(config.model) == {"checkpoint"}:
-        return runtime.load_model(base / config.model["checkpoint"], dtype=dtype, placement=placement)
+        folder = base / config.model["checkpoint"]
+        return runtime.load_model(folder, dtype=dtype, placement=placement, expert_dtype=config.dtype)
     settings = dict(config.model)
     model_type = settings.pop("model_type", None)
     if not model_type:

@@ -24,6 +24,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+EXPERT_DTYPES = ("fp8", "int8", "bfloat16", "float16", "float32")  # what a rank may hold experts in
 _Keys = dict[str, tuple[str, Callable[[Any], bool], Callable[[Any], Any]]]
 
 
@@ -37,7 +38,8 @@ class Node:
     that part of what they can do, so that unequal nodes can be tried on equal ones. `island` divides nodes of one
     vendor whose libraries do not reach each other: those with the same word do. `interface` is the network interface
     for traffic between nodes (None: the one that leads to the first node), `visible_devices` which devices the ranks
-    may see, as the vendor's own variable says it ("0,1"). Raises ConfigError on a value that cannot be used.
+    may see, as the vendor's own variable says it ("0,1"). `expert_dtype` is what its ranks hold experts in: "fp8",
+    "int8", or the model's dtype (None: as the job asks). Raises ConfigError on a value that cannot be used.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Node:
     island: str | None = None
     interface: str | None = None
     visible_devices: str | None = None
+    expert_dtype: str | None = None
 
     def __post_init__(self) -> None:
         _check_values(self, _NODE_KEYS)
@@ -245,6 +248,7 @@ _TEXT = ("a non-empty string", _is_text, str)
 _POSITIVE = ("a number above 0", lambda value: _is_number(value) and value > 0, float)
 _OPTIONAL = (
     "memory_gib", "speed", "python", "emulate", "emulate_speed", "island", "interface", "visible_devices",
+    "expert_dtype",
 )  # fmt: skip
 _NODE_KEYS: _Keys = {
     "name": _TEXT,
@@ -260,6 +264,7 @@ _NODE_KEYS: _Keys = {
     "island": _TEXT,
     "interface": _TEXT,
     "visible_devices": _TEXT,
+    "expert_dtype": (f"one of {', '.join(EXPERT_DTYPES)}", lambda value: value in EXPERT_DTYPES, str),
 }
 _LINK_KEYS: _Keys = {
     "between": ("a pair of different node names", _is_pair, tuple),
