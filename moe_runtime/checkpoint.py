@@ -18,7 +18,7 @@ from .experts.blocks import dequantize_blocks, num_blocks
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
 _SCALE_SUFFIXES = ("_scale_inv", ".scale")  # V3: x.weight_scale_inv; V4: x.scale beside x.weight
 # quant_method of config.json -> what experts/blocks.py calls the format.
 QUANT_METHODS = {"fp8": "fp8", "blockwise_int8": "int8"}
@@ -139,7 +139,7 @@ class CheckpointReader:
         if (self.folder / SINGLE).is_file():
             with self._open_shard(SINGLE) as shard:
                 return dict.fromkeys(shard.keys(), SINGLE)
-        pickles = [name for name in _PICKLES if (self.folder / name).exists()]
+        pickles = [name for name in PICKLES if (self.folder / name).exists()]
         if pickles:
             raise CheckpointError(
                 f"{self.folder}: only a pickle checkpoint here ({pickles[0]}), which can run code when it is read; "
