@@ -22,10 +22,18 @@ def of_generate(arguments: Sequence[str], cluster: Cluster) -> Planned:
     parser.add_argument("--placement", type=Path)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--keep-fp8", action="store_true")
+    parser.add_argument("--expert-dtype", default="auto")
     options = parser.parse_known_args(list(arguments))[0]
     shape = read_shape(options.model, options.dtype)
-    if shape.stored == "fp8" and not options.keep_fp8:  # dequantised while loading
-        shape = dataclasses.replace(shape, stored="bfloat16")
+    if options.expert_dtype != "auto":  # for every rank, whatever the cluster file says
+        if options.expert_dtype not in EXPERT_BYTES:
+            raise ConfigError(f"--expert-dtype {options.expert_dtype}: choose auto, {', '.join(EXPERT_BYTES)}")
+        shape = dataclasses.replace(shape, stored=options.expert_dtype)
+        cluster = dataclasses.replace(
+            cluster, nodes=tuple(dataclasses.replace(node, expert_dtype=None) for node in cluster.nodes)
+        )
+    elif EXPERT_BYTES[shape.stored] < 2 and not (options.keep_fp8 and shape.stored == "fp8"):
+        shape = dataclasses.replace(shape, stored="bfloat16")  # dequantised while loading
     return of_job(shape, cluster, load_plan(options.placement) if options.placement else None)
 
 
@@ -59,7 +67,7 @@ def rank_lines(planned: Planned) -> list[str]:
         work = f"{row['share_of_rows']:.1%} of expert rows, {row['time'] / slowest:.0%} of the slowest's time"
         lines.append(
             f"{row['slots']} slots for {shape.num_experts} experts in each of {shape.num_layers} layers: "
-            f"{_size(row['expert_bytes'])} ({shape.stored}) beside a dense part of {_size(shape.dense_bytes)}; "
+            f"{_size(row['expert_bytes'])} ({row['expert_dtype']}) beside a dense part of {_size(shape.dense_bytes)}; "
             f"{room}; {work}"
         )
     return lines
