@@ -64,7 +64,7 @@ Traces come from runtime.record, generate --record, or SGLang's expert recorder.
   moe-launch convert path/to/bf16-checkpoint path/to/int8-checkpoint --to int8
   moe-launch convert path/to/fp8-checkpoint path/to/bf16-checkpoint --to bfloat16
   moe-launch convert path/to/bf16-checkpoint path/to/new --to fp8 --experts-only --json > report.json
-Goes tensor by tensor, in memory for one shard (1 GiB); DEST appears when it is whole.""",
+Goes tensor by tensor, in a few GiB of memory whatever the size; DEST appears when it is whole.""",
     "status": """examples:
   moe-launch status
   moe-launch status generate-20261124-120000-1f2e --json

@@ -37,6 +37,7 @@ _JOINED = re.compile(r"\.experts\.\d+\.(gate_proj|up_proj|w[13])\.weight$")  # a
 _FLOATS = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
+_BAND = 8 * BLOCK  # rows whose errors are measured at a time
 _MOST_BYTES_COPIED = 256 << 20  # of a file that is no weights
 
 
@@ -252,15 +253,20 @@ def _convert(reader: CheckpointReader, step: Step, errors: Errors) -> dict[str, 
         return tensors | ({f"{key}_scale_inv": reader.read_scale(key)} if step.form else {})
     exact = reader.read(key, torch.float32)
     if step.form is None:
-        tensors, result = {key: exact.to(step.dtype)}, exact.to(step.dtype).float()
+        made, scale = exact.to(step.dtype), None
     else:
-        weight, scale = quantize_blocks(exact, to=FORMATS[step.form])
+        made, scale = quantize_blocks(exact, to=FORMATS[step.form])
         if not scale.isfinite().all():
             raise CheckpointError(f"{reader.folder}: tensor {key} has values that are no finite numbers")
-        tensors = {key: weight, f"{key}_scale_inv": scale}
-        result = dequantize_blocks(weight, scale, torch.float32)
-    errors.add(key, exact.flatten(0, -2), result.flatten(0, -2))
-    return tensors
+    source, result = exact.flatten(0, -2), made.flatten(0, -2)
+    for begin in range(0, len(source), _BAND):
+        band = result[begin : begin + _BAND]
+        if scale is None:
+            values = band.float()
+        else:
+            values = dequantize_blocks(band, scale[begin // BLOCK : (begin + _BAND) // BLOCK], torch.float32)
+        errors.add(key, source[begin : begin + _BAND], values)
+    return {key: made} if scale is None else {key: made, f"{key}_scale_inv": scale}
 
 
 def _largest_of_blocks(matrix: torch.Tensor) -> torch.Tensor:

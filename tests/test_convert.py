@@ -207,6 +207,16 @@ def test_the_errors_are_measured(bf16, tmp_path, form, most, all_together):
     assert report.errors.root_mean_square == pytest.approx(float(rms), rel=1e-4) and rms < all_together
 
 
+@pytest.mark.parametrize(("form", "most", "most_of_experts"), [("fp8", 0.4, 0.03), ("int8", 0.2, 0.011)])
+def test_logits_stay_near_the_originals(bf16, converted, tmp_path, form, most, most_of_experts):
+    """Of a model with random weights, where every token's experts depend on small differences."""
+    convert(bf16, tmp_path / "experts", form, experts_only=True)
+    original = logits_of(bf16)
+    for name, folder, limit in (("all", converted(form), most), ("one", tmp_path / "experts", most_of_experts)):
+        off = logits_of(plain_float32(folder, tmp_path / name)) - original
+        assert (off.square().mean() / original.square().mean()).sqrt() < limit
+
+
 # ---------------------------------------------------------------- what is refused
 
 
