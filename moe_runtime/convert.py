@@ -185,7 +185,9 @@ def _step(reader: CheckpointReader, key: str, to: str, experts_only: bool, confi
 
 
 def _item_bytes(stored: str) -> int:
-    return int(re.search(r"\d+", stored)[0]) // 8 if stored != "BOOL" else 1
+    """Of one value, from safetensors' name of its dtype: BF16, F8_E4M3, I64, BOOL ..."""
+    bits = re.match(r"[A-Z]+(\d+)", stored)
+    return int(bits[1]) // 8 if bits else 1
 
 
 def _read_config(source: Path) -> dict[str, Any]:
