@@ -29,6 +29,7 @@ from moe_runtime.experts.placement import from_owners, proportional
 from moe_runtime.launch import cli
 from moe_runtime.launch import convert as command
 from moe_runtime.launch.jobs import generate
+from moe_runtime.launch.planning import job
 from moe_runtime.launch.planning.plan import of_job, rank_rows
 from moe_runtime.launch.planning.shape import read_shape
 
@@ -525,6 +526,9 @@ def test_a_plan_counts_what_each_node_holds(converted, tmp_path):
     int8, wide = rank_rows(of_job(shape, cluster, None))
     assert (int8["expert_dtype"], wide["expert_dtype"]) == ("int8", "bfloat16")
     assert wide["expert_bytes"] / int8["expert_bytes"] == pytest.approx(2, rel=1e-3)
+    words = ["--model", str(converted("int8")), "--expert-dtype"]
+    for asked, held in (("fp8", ["fp8", "fp8"]), ("auto", ["bfloat16", "bfloat16"])):  # stored in INT8 is dequantised
+        assert [row["expert_dtype"] for row in rank_rows(job.of_generate([*words, asked], cluster))] == held
 
 
 def test_a_reader_knows_what_is_in_blocks(converted):

@@ -28,10 +28,7 @@ def of_generate(arguments: Sequence[str], cluster: Cluster) -> Planned:
     if options.expert_dtype != "auto":  # for every rank, whatever the cluster file says
         if options.expert_dtype not in EXPERT_BYTES:
             raise ConfigError(f"--expert-dtype {options.expert_dtype}: choose auto, {', '.join(EXPERT_BYTES)}")
-        shape = dataclasses.replace(shape, stored=options.expert_dtype)
-        cluster = dataclasses.replace(
-            cluster, nodes=tuple(dataclasses.replace(node, expert_dtype=None) for node in cluster.nodes)
-        )
+        shape, cluster = dataclasses.replace(shape, stored=options.expert_dtype), _held_alike(cluster)
     elif EXPERT_BYTES[shape.stored] < 2 and not (options.keep_fp8 and shape.stored == "fp8"):
         shape = dataclasses.replace(shape, stored="bfloat16")  # dequantised while loading
     return of_job(shape, cluster, load_plan(options.placement) if options.placement else None)
@@ -54,7 +51,14 @@ def of_train(config: str, arguments: Sequence[str], cluster: Cluster) -> Planned
             shape = shape_of(AutoConfig.for_model(model.pop("model_type"), **model), config, dtype)
         except (KeyError, ValueError, TypeError) as error:
             raise ConfigError(f"{config}: model: {error}") from None
-    return of_job(shape, cluster, load_plan(base / table["placement"]) if "placement" in table else None)
+    placed = load_plan(base / table["placement"]) if "placement" in table else None
+    return of_job(shape, _held_alike(cluster), placed)  # 8 bits cannot be trained
+
+
+def _held_alike(cluster: Cluster) -> Cluster:
+    """The cluster with no node that has a word of its own on what to hold experts in."""
+    nodes = tuple(dataclasses.replace(node, expert_dtype=None) for node in cluster.nodes)
+    return dataclasses.replace(cluster, nodes=nodes)
 
 
 def rank_lines(planned: Planned) -> list[str]:
