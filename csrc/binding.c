@@ -472,7 +472,7 @@ static PyObject *exchange_await(PyObject *module, PyObject *const *objects, Py_s
 
 /* ---- end of shared memory --------------------------------------------------------------------------------------- */
 
-/* ---- rows: packed, summed and quantised (rows.c); the callers are comm/rows.py and experts/fp8.py ---------------
+/* ---- rows: packed, summed and quantised (rows.c); the callers are comm/rows.py and experts/blocks.py ---------------
  *
  * Rows are two-dimensional bytes here, whatever their dtype: Python's buffer protocol has no bfloat16 and no 8-bit
  * floats. The dtype comes beside them as torch's name of it. Rows may lie apart from each other. `simd` names a set of
@@ -891,7 +891,7 @@ static int take_blocks(const tables *held, Py_ssize_t rows, Py_ssize_t columns, 
 PyDoc_STRVAR(quantize_rows_doc,
              "quantize_rows(values, dtype, payload, wire, scales, block_rows, block_columns, rule, simd)\n--\n\n"
              "Writes payload bytes [R, C] and scales [ceil(R / block_rows), ceil(C / block_columns)] float32.\n\n"
-             "values bytes [R, C * item]. rule: \"wire\" as comm/formats.py, \"weight\" as experts/fp8.py.");
+             "values bytes [R, C * item]. rule: \"wire\" as comm/formats.py, \"weight\" as experts/blocks.py.");
 
 static PyObject *quantize_rows(PyObject *module, PyObject *const *objects, Py_ssize_t num_objects) {
     static const table_rule rules[] = {
@@ -1012,8 +1012,8 @@ PyDoc_STRVAR(experts_product_doc,
              "Writes part `part` of `parts` of out bytes [M, N * item]: x's row row_index[m] times the weights of the\n"
              "slot that pair m is of.\n\n"
              "x bytes [T, K * item]; row_index [M] int64 or None for 0..M-1; weights bytes [S * N, K * item]; scales\n"
-             "[S * ceil(N / 128), ceil(K / 128)] float32 for float8_e4m3fn weights, else None; rows_per_slot [S] int64,\n"
-             "which adds up to M.");
+             "[S * ceil(N / 128), ceil(K / 128)] float32 for float8_e4m3fn and int8 weights, else None; rows_per_slot [S]\n"
+             "int64, which adds up to M.");
 
 static PyObject *experts_result(experts_status status, const rows_fault *fault, Py_ssize_t num_rows,
                                 Py_ssize_t num_pairs) {
@@ -1043,8 +1043,9 @@ static int take_weights(experts_weights *weights, const tables *held, Py_ssize_t
         return refuse("weights", "must have a row for each slot of rows_per_slot and each column of out");
     }
     if (!PyBuffer_IsContiguous(&held->views[1], 'C')) return refuse("weights", "must be C-contiguous");
-    if ((weights->dtype == ROWS_E4M3FN) != (held->views[2].obj != NULL)) {
-        return refuse("scales", "are needed for float8_e4m3fn weights, and for no others");
+    const int has_scales = weights->dtype == ROWS_E4M3FN || weights->dtype == ROWS_INT8;
+    if (has_scales != (held->views[2].obj != NULL)) {
+        return refuse("scales", "are needed for float8_e4m3fn and int8 weights, and for no others");
     }
     weights->values = held->views[1].buf;
     weights->scales = held->views[2].buf;
@@ -1066,13 +1067,14 @@ static PyObject *experts_product_(PyObject *const *objects, const tables *held) 
     const Py_ssize_t num_pairs = views[5].shape[0];
     const simd_loops *loops = take_loops(objects[11]);
     if (loops == NULL || take_dtype(objects[1], "x_dtype", 0, ROWS_NUM_ROW_DTYPES, &x_dtype) != 0 ||
-        take_dtype(objects[4], "dtype", 0, ROWS_E4M3FN + 1, &weights.dtype) != 0 ||
+        take_dtype(objects[4], "dtype", 0, ROWS_NUM_DTYPES, &weights.dtype) != 0 ||
         take_dtype(objects[8], "out_dtype", 0, ROWS_NUM_ROW_DTYPES, &out_dtype) != 0 ||
         take_size(objects[9], "part", 0, &part.index) != 0 || take_size(objects[10], "parts", 1, &part.count) != 0) {
         return NULL;
     }
-    if (x_dtype == ROWS_FLOAT64 || weights.dtype == ROWS_FLOAT64 || out_dtype == ROWS_FLOAT64) {
-        PyErr_SetString(PyExc_ValueError, "dtype: float64 has no meaning here");
+    if (x_dtype == ROWS_FLOAT64 || weights.dtype == ROWS_FLOAT64 || out_dtype == ROWS_FLOAT64 ||
+        weights.dtype == ROWS_E4M3FNUZ) {
+        PyErr_SetString(PyExc_ValueError, "dtype: float64 and float8_e4m3fnuz have no meaning here");
         return NULL;
     }
     if (part.index >= part.count) {

@@ -32,7 +32,7 @@ typedef struct {
     int64_t x_stride;
     const char *weights; /* of the first output; the next one lies weight_stride bytes further */
     int64_t weight_stride;
-    const float *scales; /* of these outputs, one for each block of inputs; NULL: they are in x, times 256 */
+    const float *scales; /* of these outputs, one for each block of inputs; NULL: they are in x, over loaded_as */
     int64_t num_inputs;
     int num_rows, num_outputs;
     float *out; /* num_rows rows of TILE_OUTPUTS */
@@ -44,6 +44,11 @@ typedef struct {
     int (*sums[ROWS_NUM_DTYPES])(const tile *t);
     int (*dequantize)(const char *codes, int64_t count, const float *scales, char *to);
 } tile_functions;
+
+static int is_scaled(rows_dtype dtype) { return dtype == ROWS_E4M3FN || dtype == ROWS_INT8; }
+
+/* What sets load a stored 1 as: for e4m3fn bits are moved, see below. */
+static float loaded_as(rows_dtype dtype) { return dtype == ROWS_E4M3FN ? 0x1p-8f : 1; }
 
 /* Which weights are taken in groups of 32 inputs, the even ones first: experts.h. */
 static int is_interleaved(rows_dtype dtype) { return dtype == ROWS_BFLOAT16 || dtype == ROWS_E4M3FN; }
@@ -80,7 +85,7 @@ static void rows_portable(const tile *t, rows_dtype dtype, int first_row, int nu
         const int64_t count = smaller(EXPERTS_BLOCK, t->num_inputs - begin);
         const int64_t up = (count + GROUP - 1) / GROUP * GROUP;
         float w[EXPERTS_BLOCK];
-        const float scale = dtype != ROWS_E4M3FN ? 1 : t->scales == NULL ? 0x1p-8f : t->scales[begin / EXPERTS_BLOCK];
+        const float scale = t->scales == NULL ? loaded_as(dtype) : t->scales[begin / EXPERTS_BLOCK];
         t->loops->widen[dtype](weights + begin * item, w, count, scale);
         for (int64_t k = count; k < up; k++) w[k] = 0;
         if (is_interleaved(dtype)) put_even_first(w, up);
@@ -166,6 +171,10 @@ TILE_TARGET ALWAYS_INLINE sums_avx2 halves_avx2(__m256i halves) {
     return (sums_avx2){_mm256_cvtph_ps(_mm256_castsi256_si128(halves)),
                        _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
 }
+/* 8 of int8; whole numbers of this size are exact as floats. */
+TILE_TARGET ALWAYS_INLINE __m256 eight_whole(const char *from) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)from)));
+}
 TILE_TARGET ALWAYS_INLINE group_avx2 load_avx2(const rows_dtype dtype, const char *from, __m256i *largest) {
     if (dtype == ROWS_E4M3FN) {
         const __m256i codes = load256(from);
@@ -177,6 +186,10 @@ TILE_TARGET ALWAYS_INLINE group_avx2 load_avx2(const rows_dtype dtype, const cha
         return (group_avx2){
             {_mm256_castsi256_ps(_mm256_slli_epi32(low, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(high, 16))},
             {_mm256_castsi256_ps(_mm256_and_si256(low, upper)), _mm256_castsi256_ps(_mm256_and_si256(high, upper))}};
+    }
+    if (dtype == ROWS_INT8) {
+        return (group_avx2){{eight_whole(from), eight_whole(from + 8)},
+                            {eight_whole(from + 16), eight_whole(from + 24)}};
     }
     if (dtype == ROWS_FLOAT16) return (group_avx2){halves_avx2(load256(from)), halves_avx2(load256(from + 32))};
     const float *values = (const float *)(const void *)from;
@@ -226,6 +239,9 @@ TILE_TARGET ALWAYS_INLINE int is_nan_avx512(__m256i largest) { return is_nan_avx
 TILE_TARGET ALWAYS_INLINE __m512 splat_avx512(float value) { return _mm512_set1_ps(value); }
 TILE_TARGET ALWAYS_INLINE __m512 load_float_avx512(const float *from) { return _mm512_loadu_ps(from); }
 TILE_TARGET ALWAYS_INLINE __m512 add_product_avx512(__m512 c, __m512 a, __m512 b) { return _mm512_fmadd_ps(a, b, c); }
+TILE_TARGET ALWAYS_INLINE __m512 sixteen_whole(const char *from) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)from)));
+}
 TILE_TARGET ALWAYS_INLINE group_avx512 load_avx512(const rows_dtype dtype, const char *from,
                                                    __m256i *largest) {
     if (dtype == ROWS_E4M3FN) {
@@ -239,6 +255,7 @@ TILE_TARGET ALWAYS_INLINE group_avx512 load_avx512(const rows_dtype dtype, const
             _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)),
             _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000)))};
     }
+    if (dtype == ROWS_INT8) return (group_avx512){sixteen_whole(from), sixteen_whole(from + LANES)};
     if (dtype == ROWS_FLOAT16) {
         return (group_avx512){_mm512_cvtph_ps(load256(from)), _mm512_cvtph_ps(load256(from + 32))};
     }
@@ -315,7 +332,7 @@ static experts_status fill_x(const simd_loops *loops, rows_dtype dtype, rows_inp
     return EXPERTS_OK;
 }
 
-/* Times 256 (experts_tile.h) there would be infinite ones; those of real weights are far from that. */
+/* Over loaded_as there would be infinite ones; those of real weights are far from that. */
 static int scales_are_huge(const float *scales, int64_t count) {
     for (int64_t i = 0; i < count; i++) {
         if (!(fabsf(scales[i]) < 0x1p119f)) return 1;
@@ -323,11 +340,11 @@ static int scales_are_huge(const float *scales, int64_t count) {
     return 0;
 }
 
-/* x with the scales of 128 outputs multiplied in: once for all of them, instead of once for each weight. */
-static void scale_x(const float *x, int rows, int64_t stride, const float *scales, float *scaled) {
+/* x with the scales of 128 outputs, times `factor`, multiplied in: once for all of them, not once for each weight. */
+static void scale_x(const float *x, int rows, int64_t stride, const float *scales, float factor, float *scaled) {
     for (int r = 0; r < rows; r++) {
         for (int64_t k = 0; k < stride; k++) {
-            scaled[r * stride + k] = x[r * stride + k] * (scales[k / EXPERTS_BLOCK] * 256.0f);
+            scaled[r * stride + k] = x[r * stride + k] * (scales[k / EXPERTS_BLOCK] * factor);
         }
     }
 }
@@ -350,7 +367,7 @@ static void slot_outputs(const simd_loops *loops, const tile_functions *function
             const float *scales = w->scales + (slot * down + n / EXPERTS_BLOCK) * across;
             t.scales = scales_are_huge(scales, across) ? scales : NULL;
             t.x = t.scales != NULL ? scratch : scaled;
-            if (t.scales == NULL) scale_x(scratch, rows, stride, scales, scaled);
+            if (t.scales == NULL) scale_x(scratch, rows, stride, scales, 1 / loaded_as(w->dtype), scaled);
         }
         t.weights = (const char *)w->values + (slot * w->num_outputs + n) * row_bytes;
         t.num_outputs = (int)(next - n);
@@ -387,9 +404,9 @@ static int is_float(rows_dtype dtype) {
 }
 
 static experts_status check(const experts_weights *w, rows_dtype x_dtype, rows_dtype out_dtype, experts_part part) {
-    const int is_scaled = w->dtype == ROWS_E4M3FN;
-    if (!is_float(x_dtype) || !is_float(out_dtype) || !(is_float(w->dtype) || is_scaled)) return EXPERTS_BAD_ARGUMENT;
-    if (is_scaled != (w->scales != NULL)) return EXPERTS_BAD_ARGUMENT;
+    const int has_scales = is_scaled(w->dtype);
+    if (!is_float(x_dtype) || !is_float(out_dtype) || !(is_float(w->dtype) || has_scales)) return EXPERTS_BAD_ARGUMENT;
+    if (has_scales != (w->scales != NULL)) return EXPERTS_BAD_ARGUMENT;
     if (w->num_slots < 0 || w->num_outputs < 0 || w->num_inputs < 0) return EXPERTS_BAD_ARGUMENT;
     return part.count < 1 || part.index < 0 || part.index >= part.count ? EXPERTS_BAD_ARGUMENT : EXPERTS_OK;
 }

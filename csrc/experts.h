@@ -19,7 +19,7 @@
 #include "rows.h"
 
 enum {
-    EXPERTS_BLOCK = 128, /* rows and columns of an FP8 weight that share one scale */
+    EXPERTS_BLOCK = 128, /* rows and columns of an FP8 or INT8 weight that share one scale */
     EXPERTS_ROWS = 16,   /* rows of a slot for which its weights are read once */
 };
 
@@ -30,10 +30,10 @@ typedef enum {
     EXPERTS_BAD_ROW,      /* fault: row is the pair, value the row it names */
 } experts_status;
 
-/* Weights [S, N, K], contiguous. E4M3FN has scales [S, ceil(N / 128), ceil(K / 128)]: value * scale is the weight. The
- * scale is multiplied into x, in float32, once for 128 outputs; values are exact. Others have no scales. */
+/* Weights [S, N, K], contiguous. E4M3FN and INT8 have scales [S, ceil(N / 128), ceil(K / 128)]: value * scale is the
+ * weight. The scale is multiplied into x, in float32, once for 128 outputs; values are exact. Others have no scales. */
 typedef struct {
-    rows_dtype dtype; /* float32, float16, bfloat16 or e4m3fn */
+    rows_dtype dtype; /* float32, float16, bfloat16, e4m3fn or int8 */
     const void *values;
     const float *scales;
     int64_t num_slots, num_outputs, num_inputs;

@@ -25,7 +25,7 @@
  * there was a weight that is nan in e4m3fn: then the sums are not those of such weights. */
 TILE_TARGET ALWAYS_INLINE int TILE(block)(const int rows, const int outputs, const rows_dtype dtype, const tile *t,
                                           const int first_row, const int first_output) {
-    const int64_t item = dtype == ROWS_E4M3FN ? 1 : dtype == ROWS_FLOAT32 ? 4 : 2;
+    const int64_t item = dtype == ROWS_E4M3FN || dtype == ROWS_INT8 ? 1 : dtype == ROWS_FLOAT32 ? 4 : 2;
     const int64_t whole = t->num_inputs / GROUP * GROUP;
     const int64_t ahead = outputs * t->weight_stride; /* the weights that come after these */
     const char *weights[TILE_SUMS];
@@ -96,6 +96,7 @@ TILE_OF(tile_float32, ROWS_FLOAT32)
 TILE_OF(tile_float16, ROWS_FLOAT16)
 TILE_OF(tile_bfloat16, ROWS_BFLOAT16)
 TILE_OF(tile_e4m3fn, ROWS_E4M3FN)
+TILE_OF(tile_int8, ROWS_INT8)
 
 /* A row of e4m3fn weights as bfloat16. Returns whether there was a nan: then the row is not right. */
 TILE_TARGET static int TILE(dequantize)(const char *codes, int64_t count, const float *scales, char *to) {
@@ -122,6 +123,7 @@ static const tile_functions TILE(functions) = {
     .sums[ROWS_FLOAT16] = TILE(tile_float16),
     .sums[ROWS_BFLOAT16] = TILE(tile_bfloat16),
     .sums[ROWS_E4M3FN] = TILE(tile_e4m3fn),
+    .sums[ROWS_INT8] = TILE(tile_int8),
     .dequantize = TILE(dequantize),
 };
 

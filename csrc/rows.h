@@ -64,7 +64,7 @@ typedef struct {
 } rows_rule;
 
 extern const rows_rule rows_wire_rule;   /* of rows on the wire: comm/formats.py */
-extern const rows_rule rows_weight_rule; /* of checkpoints' weights: experts/fp8.py */
+extern const rows_rule rows_weight_rule; /* of checkpoints' weights: experts/blocks.py */
 
 int64_t rows_item_bytes(rows_dtype dtype);
 int64_t rows_num_blocks(int64_t size, int64_t block); /* the last one may be shorter */

@@ -1,8 +1,8 @@
 """Grouped expert compute over the interface that transformers' experts modules share.
 
 Slots with few rows, as in decode, take the C kernel: one call for all of them, which reads each weight once and FP8
-weights as they are. Slots with many rows take torch, one expert after the other, as does everything that C does not
-know (transposed weights, float64, devices) and everything that needs gradients. `describe()` says which runs.
+and INT8 weights as they are. Slots with many rows take torch, one expert after the other, as does everything that C
+does not know (transposed weights, float64, devices) and everything that needs gradients. `describe()` says which runs.
 
 Both follow the module's own flags (bias, gate, transposed and concatenated weights, post-expert norm) and call the
 module's own activation, so they serve every family that uses the interface.
@@ -20,13 +20,13 @@ import torch.nn.functional as F
 
 from ..core import native
 from ..core.tensors import byte_rows
-from .fp8 import BLOCK, dequantize_blocks
+from .blocks import BLOCK, LARGEST, dequantize_blocks
 
 # Rows of a slot up to which C is the faster one, by the dtype of the weights: docs/performance.md. torch multiplies
 # float16 without vector instructions on CPUs that have none of their own for it.
-FEW_ROWS = {torch.bfloat16: 16, torch.float32: 16, torch.float16: 128, torch.float8_e4m3fn: 16}
+FEW_ROWS = {torch.bfloat16: 16, torch.float32: 16, torch.float16: 128, torch.float8_e4m3fn: 16, torch.int8: 16}
 _NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in FEW_ROWS}
-_TILE_ROWS = 2 * BLOCK  # of an FP8 weight that are dequantised at a time: they stay in the cache for their product
+_TILE_ROWS = 2 * BLOCK  # of a weight in blocks, dequantised at a time: they stay in the cache for their product
 _BYTES_PER_THREAD = 1 << 18  # of weights: below this a thread costs more than it brings
 
 
@@ -107,7 +107,7 @@ def _many_rows(module: torch.nn.Module, x: torch.Tensor, slot: int) -> torch.Ten
         weight = getattr(module, name)[slot]
         if scale is None:
             return _linear(module, x, weight)
-        return _fp8_linear(x, weight, scale[slot], module.is_transposed)
+        return _linear_in_blocks(x, weight, scale[slot], module.is_transposed)
 
     return _one_slot(module, x, slot, product)
 
@@ -125,7 +125,7 @@ def _one_slot(
 
 
 def _per_slot(module: torch.nn.Module, name: str, dtype: torch.dtype) -> Callable[[int], torch.Tensor]:
-    """A function from slot to that slot's weight in `dtype`; FP8 weights are dequantised one expert at a time."""
+    """A function from slot to that slot's weight in `dtype`; weights in blocks are dequantised one expert at a time."""
     weight = getattr(module, name)
     scale = getattr(module, f"{name}_scale_inv", None)
     if scale is not None:
@@ -141,8 +141,9 @@ def _linear(module: torch.nn.Module, x: torch.Tensor, weight: torch.Tensor) -> t
     return x @ weight if module.is_transposed else F.linear(x, weight)
 
 
-def _fp8_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, is_transposed: bool) -> torch.Tensor:
-    """x [M, K] times an FP8 weight [N, K] ([K, N] when transposed), dequantised some rows at a time into one buffer.
+def _linear_in_blocks(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, is_transposed: bool) -> torch.Tensor:
+    """x [M, K] times a weight in blocks, [N, K] ([K, N] when transposed), dequantised some rows at a time into one
+    buffer.
 
     At once in float32: see _few_rows_product.
     """
@@ -167,7 +168,7 @@ def _fp8_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, is_t
 
 
 def _dequantize_part(part: torch.Tensor, blocks: torch.Tensor, values: torch.Tensor, index: int, count: int) -> None:
-    """Blocks of rows `index` of `count` of an FP8 weight's tile into the same rows of `values`."""
+    """Blocks of rows `index` of `count` of a tile of a weight in blocks into the same rows of `values`."""
     begin, end = len(blocks) * index // count, len(blocks) * (index + 1) // count
     rows = slice(begin * BLOCK, end * BLOCK)
     dequantize_blocks(part[rows], blocks[begin:end], values.dtype, out=values[rows])
@@ -182,7 +183,7 @@ def c_is_fast() -> bool:
 
 def _most_rows_in_c(module: torch.nn.Module, rows_NH: torch.Tensor) -> int:
     """Rows of a slot up to which C computes it; -1 where C cannot, or must not."""
-    on_cpu = rows_NH.device.type == "cpu" and rows_NH.dtype in FEW_ROWS and rows_NH.dtype != torch.float8_e4m3fn
+    on_cpu = rows_NH.device.type == "cpu" and rows_NH.dtype in FEW_ROWS and rows_NH.dtype not in LARGEST
     if not on_cpu or module.is_transposed or not c_is_fast() or needs_gradient(module, rows_NH):
         return -1
     return min(_most_rows_of(module, name, rows_NH.dtype) for name in _projections(module))
@@ -191,10 +192,9 @@ def _most_rows_in_c(module: torch.nn.Module, rows_NH: torch.Tensor) -> int:
 def _most_rows_of(module: torch.nn.Module, name: str, dtype: torch.dtype) -> int:
     weight = getattr(module, name)
     is_scaled = getattr(module, f"{name}_scale_inv", None) is not None
-    expected = torch.float8_e4m3fn if is_scaled else dtype
-    if weight.dtype != expected or not weight.is_contiguous():
+    if weight.dtype not in (LARGEST if is_scaled else (dtype,)) or not weight.is_contiguous():
         return -1
-    return FEW_ROWS[dtype if dtype == torch.float32 else expected]
+    return FEW_ROWS[dtype if dtype == torch.float32 else weight.dtype]
 
 
 def _few_rows(
@@ -221,8 +221,8 @@ def _few_rows_product(
     scale_inv: torch.Tensor | None,
     rows_per_slot: np.ndarray,
 ) -> torch.Tensor:
-    """product(), but float32 rows meet FP8 weights dequantised: who computes in float32 compares results, and weights
-    that stay in FP8 then give the bits of those that were dequantised while loading.
+    """product(), but float32 rows meet weights in blocks dequantised: who computes in float32 compares results, and
+    weights that stay in blocks then give the bits of those that were dequantised while loading.
     """
     if scale_inv is None or x.dtype != torch.float32:
         return product(x, row_index_M, weight, scale_inv, rows_per_slot)
@@ -252,7 +252,7 @@ def product(
 ) -> torch.Tensor:
     """[M, N] in x's dtype: row row_index_M[m] of x [T, K] (m itself for None) times the weights of pair m's slot.
 
-    weight [S, N, K], contiguous, in x's dtype or float8_e4m3fn with scale_inv [S, ceil(N/128), ceil(K/128)];
+    weight [S, N, K], contiguous, in x's dtype, or float8_e4m3fn or int8 with scale_inv [S, ceil(N/128), ceil(K/128)];
     rows_per_slot [S] int64, adding up to M. In C, with torch.get_num_threads() threads, whose number does not change a
     bit; nor does what other rows there are. ValueError for what does not fit together.
     """

@@ -197,7 +197,10 @@ def _controller(job: Job) -> threading.Thread:
         sizes = [sizes for path in job.files if (sizes := preflight.checkpoint_bytes(path))]
         if not sizes or "--placement" in job.target or [node.devices for node in job.nodes] != counts:
             return []  # a placement of the user's own; or nodes that the command line does not describe
-        return preflight.tight(job.nodes, facts, Cluster(job.nodes).rank_speeds(), sizes[0])
+        words = list(job.target)
+        asked = words[words.index("--expert-dtype") + 1] if "--expert-dtype" in words else "auto"
+        nodes = [node if asked == "auto" else replace(node, expert_dtype=asked) for node in job.nodes]
+        return preflight.tight(nodes, facts, Cluster(job.nodes).rank_speeds(), sizes[0])
 
     def start() -> Message:
         return {"devices": counts, "store_port": free_port(job.address)}

@@ -60,6 +60,11 @@ No device and no weights are needed: what a rank holds, what limits it, and how 
   moe-launch simulate --trace monday.npz tuesday.npz --cluster configs/mixed-24.toml --policy fast smooth robust
   moe-launch simulate --trace load.npz --ranks 1024 --policy fast warm --windows 20 --json > report.json
 Traces come from runtime.record, generate --record, or SGLang's expert recorder. Everything it says is predicted.""",
+    "convert": """examples:
+  moe-launch convert path/to/bf16-checkpoint path/to/int8-checkpoint --to int8
+  moe-launch convert path/to/fp8-checkpoint path/to/bf16-checkpoint --to bfloat16
+  moe-launch convert path/to/bf16-checkpoint path/to/new --to fp8 --experts-only --json > report.json
+Goes tensor by tensor, in a few GiB of memory whatever the size; DEST appears when it is whole.""",
     "status": """examples:
   moe-launch status
   moe-launch status generate-20261124-120000-1f2e --json
@@ -88,6 +93,7 @@ _GENERATE_OPTIONS: dict[str, dict[str, Any]] = {
     "--batch-size": {"metavar": "N", "help": "prompts a rank works on at once"},
     "--dtype": {"metavar": "DTYPE", "help": "auto (the checkpoint's), float32, bfloat16 or float16"},
     "--keep-fp8": {"nargs": 0, "default": False, "help": "leave experts stored in FP8 as FP8"},
+    "--expert-dtype": {"metavar": "NAME", "help": "fp8, int8, the model's dtype, or auto (as the cluster file says)"},
     "--tokenizer": {"metavar": "auto|bytes", "help": "the checkpoint's tokenizer, or plain bytes"},
     "--placement": {"metavar": "plan.json", "help": "which expert lives where, as moe-launch plan writes it"},
     "--record": {"metavar": "FILE.npz", "help": "write the load trace of this run"},
@@ -367,11 +373,12 @@ def _parser() -> argparse.ArgumentParser:
     add(job, "--timeout-s", type=seconds, default=60.0, metavar="SECONDS", help="deadline of a probe (default: 60)")
     job.add_argument("--json", action="store_true", help=what)
 
-    for name, what in (
-        ("plan", "Plan where experts live: memory, experts and predicted time per rank; needs no device."),
-        ("simulate", "Replay load traces against placements, policies and cluster sizes."),
+    for name, where, what in (
+        ("plan", ".planning", "Plan where experts live: memory, experts and predicted time per rank; needs no device."),
+        ("simulate", ".planning", "Replay load traces against placements, policies and cluster sizes."),
+        ("convert", "", "Write a checkpoint in bfloat16, FP8 blocks or INT8 blocks."),
     ):
-        module = importlib.import_module(f".planning.{name}", __package__)
+        module = importlib.import_module(f"{where}.{name}", __package__)
         added = commands.add_parser(name, help=what, description=what, epilog=_EXAMPLES[name])
         added.set_defaults(command=module.run)
         module.add_options(BothSpellings(added))

@@ -68,6 +68,9 @@ class BothSpellings:
         self._group = group
 
     def add_argument(self, *names: str, **settings: Any) -> None:
+        if not names[0].startswith("-"):  # an argument by its place
+            self._group.add_argument(*names, **settings)
+            return
         settings.setdefault("dest", names[0].lstrip("-").replace("-", "_"))
         add(self._group, *names, **settings)
 

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import math
 import platform
 import socket
 import struct
@@ -78,19 +79,21 @@ def verdicts(names: Sequence[str], facts: Sequence[Mapping[str, Any]], commands:
 
 
 def tight(
-    nodes: Sequence[Node], facts: Sequence[Mapping[str, Any]], speeds: Sequence[float], checkpoint: tuple[int, int]
+    nodes: Sequence[Node], facts: Sequence[Mapping[str, Any]], speeds: Sequence[float], checkpoint: tuple[int, int, int]
 ) -> list[str]:
     """Nodes that cannot hold what their ranks would, one line each.
 
-    speeds: of each rank; experts are shared out by them. checkpoint: bytes of experts and of all else as stored, so
-    this is the least that is needed: rows, caches and wider dtypes come on top. A CPU node is held to the host's free
+    speeds: of each rank; experts are shared out by them. checkpoint: bytes of experts and of all else as stored, and of
+    experts in 8 bits, for nodes whose expert_dtype says so. This is the least that is needed: rows, caches and wider
+    dtypes come on top. A CPU node is held to the host's free
     memory, and every node to its memory_gib where the cluster file gives it.
     """
-    experts, dense = checkpoint
+    stored, dense, in_8_bits = checkpoint
     problems, rank = [], 0
     for node, mine in zip(nodes, facts, strict=True):
         share = sum(speeds[rank : rank + node.devices]) / sum(speeds)
         rank += node.devices
+        experts = in_8_bits if node.expert_dtype in ("fp8", "int8") else stored
         need = (dense * node.devices + experts * share) / (1 << 30)
         limits = [node.memory_gib * node.devices] if node.memory_gib is not None else []
         if mine["vendor"] == "cpu" and mine["free_gib"] is not None:
@@ -98,17 +101,19 @@ def tight(
         if limits and need > min(limits):
             problems.append(
                 f"{node.name} (host {mine['host']}): its ranks need at least {need:.2g} GiB for their share of the "
-                f"model, {min(limits):.2g} GiB are there; give it a lower speed or fewer devices, or the others more"
+                f"model, {min(limits):.2g} GiB are there; give it a lower speed or fewer devices, or the others more, "
+                'or hold its experts in 8 bits (expert_dtype = "int8")'
             )
     return problems
 
 
-def checkpoint_bytes(folder: str) -> tuple[int, int] | None:
-    """Bytes of routed experts and of all else in a folder's safetensors, from their headers; None where it has none.
+def checkpoint_bytes(folder: str) -> tuple[int, int, int] | None:
+    """Bytes of routed experts, of all else, and of the experts were they in 8 bits, in a folder's safetensors, from
+    their headers; None where it has none.
 
     Source of the header's form: the safetensors format, eight bytes of length and then JSON.
     """
-    experts = other = 0
+    experts = other = values = 0
     files = sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else []
     for file in files:
         with file.open("rb") as opened:
@@ -118,9 +123,10 @@ def checkpoint_bytes(folder: str) -> tuple[int, int] | None:
                 first, last = tensor["data_offsets"]
                 if ".experts." in name:
                     experts += last - first
+                    values += math.prod(tensor["shape"])
                 else:
                     other += last - first
-    return (experts, other) if files else None
+    return (experts, other, values) if files else None
 
 
 def text_digest(text: str) -> str:

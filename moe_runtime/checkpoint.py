@@ -1,7 +1,7 @@
 """Reading Hugging Face checkpoints tensor by tensor: safetensors shards by index, never pickle.
 
-Knows files, keys, slices and FP8 scales; knows nothing of models. Reads with pread rather than mmap, so that a
-rank's memory holds what it asked for and nothing else.
+Knows files, keys, slices and the scales of weights in blocks (FP8, INT8); knows nothing of models. Reads with pread
+rather than mmap, so that a rank's memory holds what it asked for and nothing else.
 """
 
 from __future__ import annotations
@@ -14,12 +14,33 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .core.errors import CheckpointError
-from .experts.fp8 import BLOCK, dequantize_blocks
+from .experts.blocks import dequantize_blocks, num_blocks
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
 _SCALE_SUFFIXES = ("_scale_inv", ".scale")  # V3: x.weight_scale_inv; V4: x.scale beside x.weight
+# quant_method of config.json -> what experts/blocks.py calls the format.
+QUANT_METHODS = {"fp8": "fp8", "blockwise_int8": "int8"}
+_STORED_FORMS = {"F8_E4M3": "fp8", "I8": "int8"}
+
+
+def form_of_quantization(quantization: Any, where: Path) -> str | None:
+    """ "fp8", "int8" or None, from a config's quantization_config (a dict, an object of transformers, or None).
+
+    Raises CheckpointError for any that we cannot read.
+    """
+    if quantization is None:
+        return None
+    fields = quantization if isinstance(quantization, dict) else vars(quantization)
+    method, block = fields.get("quant_method"), fields.get("weight_block_size")
+    method = str(getattr(method, "value", method))
+    if method not in QUANT_METHODS or (block is not None and list(block) != [128, 128]):
+        raise CheckpointError(
+            f"{where}: quantization {method} with blocks {block} is not supported; "
+            f"{' and '.join(QUANT_METHODS)} with 128x128 blocks are"
+        )
+    return QUANT_METHODS[method]
 
 
 class CheckpointReader:
@@ -45,17 +66,22 @@ class CheckpointReader:
 
     @property
     def keys(self) -> list[str]:
-        """Every tensor's key, without the FP8 scales that belong to another key."""
+        """Every tensor's key, without the scales that belong to another key."""
         return [key for key in self._file_of if self._owner_of_scale(key) is None]
 
     def shape(self, key: str) -> tuple[int, ...]:
         return tuple(self._slice(key).get_shape())
 
-    def is_fp8(self, key: str) -> bool:
-        return self._scale_key(key) is not None
+    def stored_dtype(self, key: str) -> str:
+        """As safetensors calls it: "BF16", "F32", "F8_E4M3", "I8" ..."""
+        return str(self._slice(key).get_dtype()).upper()
+
+    def blocks_of(self, key: str) -> str | None:
+        """ "fp8" or "int8" for a weight in blocks as experts/blocks.py has them, else None."""
+        return None if self._scale_key(key) is None else _STORED_FORMS.get(self.stored_dtype(key))
 
     def read(self, key: str, dtype: torch.dtype, row: int | None = None) -> torch.Tensor:
-        """A tensor, or entry `row` of its dimension 0, in `dtype`; FP8 weights are dequantised."""
+        """A tensor, or entry `row` of its dimension 0, in `dtype`; weights in blocks are dequantised."""
         scale_key = self._scale_key(key)
         if scale_key is None:
             tensor = self.read_raw(key, row)
@@ -76,10 +102,10 @@ class CheckpointReader:
             ) from error
 
     def read_scale(self, key: str, row: int | None = None) -> torch.Tensor:
-        """The FP8 scales that belong to `key`."""
+        """The scales that belong to `key`, a weight in blocks."""
         scale_key = self._scale_key(key)
         assert scale_key is not None
-        scale, needed = self.read_raw(scale_key, row).float(), tuple(-(-n // BLOCK) for n in self.shape(key)[-2:])
+        scale, needed = self.read_raw(scale_key, row).float(), num_blocks(self.shape(key))
         if tuple(scale.shape) != needed:
             raise CheckpointError(
                 f"{self.folder / self._file_of[key]}: tensor {key}: scales of shape {tuple(scale.shape)}, need {needed}"
@@ -113,7 +139,7 @@ class CheckpointReader:
         if (self.folder / SINGLE).is_file():
             with self._open_shard(SINGLE) as shard:
                 return dict.fromkeys(shard.keys(), SINGLE)
-        pickles = [name for name in _PICKLES if (self.folder / name).exists()]
+        pickles = [name for name in PICKLES if (self.folder / name).exists()]
         if pickles:
             raise CheckpointError(
                 f"{self.folder}: only a pickle checkpoint here ({pickles[0]}), which can run code when it is read; "
@@ -145,11 +171,13 @@ class CheckpointReader:
 
     def _scale_key(self, key: str) -> str | None:
         candidates = (key + _SCALE_SUFFIXES[0], key.removesuffix(".weight") + _SCALE_SUFFIXES[1])
-        return next((c for c in candidates if c != key and c in self._file_of and self._is_float8(key)), None)
+        return next((c for c in candidates if c != key and c in self._file_of and self._has_scale(key, c)), None)
 
     def _owner_of_scale(self, key: str) -> str | None:
         owners = (key.removesuffix(_SCALE_SUFFIXES[0]), key.removesuffix(_SCALE_SUFFIXES[1]) + ".weight")
-        return next((o for o in owners if o != key and o in self._file_of and self._is_float8(o)), None)
+        return next((o for o in owners if o != key and o in self._file_of and self._has_scale(o, key)), None)
 
-    def _is_float8(self, key: str) -> bool:
-        return str(self._slice(key).get_dtype()).upper().startswith("F8")
+    def _has_scale(self, key: str, scale_key: str) -> bool:
+        stored = self.stored_dtype(key)
+        # Not int8 with `.scale`: so DeepSeek-V4 stores two FP4 values in a byte.
+        return stored.startswith("F8") or (stored == "I8" and scale_key.endswith(_SCALE_SUFFIXES[0]))

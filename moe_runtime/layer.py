@@ -52,6 +52,7 @@ class LayerState:
     before_exchange: Callable[[int], None] | None = None  # live rebalancing (rebalance.py)
     meanwhile: Callable[[torch.Tensor], None] | None = None  # what is computed while rows travel (overlap.py)
     states: list[int] = field(default_factory=list)  # of all ranks, at the latest exchange
+    expert_dtypes: tuple[str, ...] = ()  # what each rank holds its experts in (expert_dtypes.py), once loaded
 
     def tokens_per_expert(self, rank: int) -> np.ndarray:
         """Tokens that this rank has computed for each expert [E] int64, whatever slots they have been in."""

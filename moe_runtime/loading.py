@@ -22,7 +22,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, bui
 from .checkpoint import CheckpointReader
 from .core.errors import CheckpointError, ConfigError
 from .core.tensors import empty_weights
-from .experts.fp8 import BLOCK
+from .experts.blocks import BLOCK, FORMATS, num_blocks, quantize_blocks
 from .layer import experts_modules
 
 Progress = Callable[[int, int], None]
@@ -35,13 +35,14 @@ def fill_from_checkpoint(
     device: torch.device,
     rank: int,
     *,
-    keep_fp8: bool = False,
+    expert_form: str | None = None,
     progress: Progress = lambda done, total: None,
 ) -> list[str]:
     """Give every meta tensor of a sharded model its value. Returns the checkpoint's keys that the model has no use for.
 
-    keep_fp8 leaves experts that are stored in FP8 as FP8 (with their scales) instead of dequantising them.
-    Raises CheckpointError for a missing tensor, a missing expert, a wrong shape or an unreadable file.
+    expert_form: "fp8" or "int8" holds this rank's experts so, with their scales: as stored where they are stored so,
+    else quantised here. Raises CheckpointError for a missing tensor, a missing expert, a wrong shape or an unreadable
+    file.
     """
     source = _Sources(model, reader)
     experts = {f"{name}.": module for name, module in experts_modules(model).items()}
@@ -53,7 +54,7 @@ def fill_from_checkpoint(
             for name, value in source.convert(target, dtype_of(target)).items():
                 _assign(model, name, value.to(device), reader.folder)
         else:
-            _fill_experts(model, experts[owner], target, source, dtype_of(target), device, rank, keep_fp8)
+            _fill_experts(model, experts[owner], target, source, dtype_of(target), device, rank, expert_form)
         progress(done + 1, total)
     model._weight_conversions = [rule for rule in source.rules if rule.was_used()]
     finish(model, device, reader.folder)
@@ -123,6 +124,10 @@ class _Sources:
                 parts.append((pattern, read(key, expert).unsqueeze(0)))
         return self._apply(target, parts)[target][0]
 
+    def expert_keys(self, target: str, expert: int) -> list[str]:
+        """The checkpoint's keys that convert_expert reads."""
+        return [keys.get(expert, next(iter(keys.values()))) for keys in self._by_pattern(target).values()]
+
     def _by_pattern(self, target: str) -> dict[str | None, dict[int, str]]:
         if target in self._pattern_tables:
             return self._pattern_tables[target]
@@ -157,45 +162,60 @@ def _fill_experts(
     dtype: torch.dtype,
     device: torch.device,
     rank: int,
-    keep_fp8: bool,
+    form: str | None,
 ) -> None:
     """One experts tensor: allocate this rank's part and write each local expert straight into its slot."""
     placement, layer = module.moe_runtime_layer.placement, module.moe_runtime_layer.index
-    reader, name = source.reader, target.rpartition(".")[2]
+    name = target.rpartition(".")[2]
     meta = getattr(module, name)
-    fp8 = keep_fp8 and reader.is_fp8(source.keys_of[target][0][1])
-    stored = torch.float8_e4m3fn if fp8 else dtype
-    part = empty_weights(meta.shape, torch.uint8 if fp8 else stored, device)
+    if meta.dim() != 3:  # biases
+        form = None
+    stored = FORMATS[form] if form else dtype
+    part = empty_weights(meta.shape, torch.uint8 if form else stored, device)
     scales: list[torch.Tensor] = []
     for slot, expert in enumerate(placement.rank_experts(layer, rank)):
-        if fp8:  # the conversion rules move bytes; torch has no concatenation of float8 on CPU
-            value = source.convert_expert(
-                target, expert, placement.num_experts, lambda key, row: reader.read_raw(key, row).view(torch.uint8)
-            )
-            scales.append(source.convert_expert(target, expert, placement.num_experts, reader.read_scale))
-        else:
-            value = source.convert_expert(
-                target, expert, placement.num_experts, lambda key, row: reader.read(key, dtype, row)
-            )
+        value, scale = _read_expert(source, target, expert, placement.num_experts, dtype, form)
         if value.shape != part.shape[1:]:
             raise CheckpointError(
-                f"{reader.folder}: expert {expert} of {target} has shape {list(value.shape)}, "
+                f"{source.reader.folder}: expert {expert} of {target} has shape {list(value.shape)}, "
                 f"the model needs {list(part.shape[1:])}"
             )
         part[slot].copy_(value)
+        scales += [] if scale is None else [scale]
         del value
-    if fp8:
-        needed = tuple(-(-extent // BLOCK) for extent in part.shape[1:])
-        # gate and up, joined along dimension 0: each must end where a block ends, or up's scales cover other rows.
-        pieces = len(source.patterns(target))
-        if (pieces > 1 and part.shape[1] % (pieces * BLOCK)) or any(tuple(scale.shape) != needed for scale in scales):
-            raise ConfigError(
-                f"{target}: expert matrices of {list(part.shape[1:])} cannot stay in FP8 (their 128x128 blocks do not "
-                "line up once gate and up are joined); load without keeping FP8"
-            )
-        stacked = torch.stack(scales) if scales else torch.empty(0, *needed)
+    if form:
+        stacked = torch.stack(scales) if scales else torch.empty(0, *num_blocks(part.shape))
         module.register_parameter(f"{name}_scale_inv", _parameter(stacked.to(device), requires_grad=False))
-    setattr(module, name, _parameter(part.view(stored), requires_grad=meta.requires_grad and not fp8))
+    setattr(module, name, _parameter(part.view(stored), requires_grad=meta.requires_grad and not form))
+
+
+def _read_expert(
+    source: _Sources, target: str, expert: int, num_experts: int, dtype: torch.dtype, form: str | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One expert's matrix in `dtype`, or, with a form, its bytes (uint8) and scales."""
+    reader = source.reader
+
+    def whole(kind: torch.dtype) -> torch.Tensor:
+        return source.convert_expert(target, expert, num_experts, lambda key, row: reader.read(key, kind, row))
+
+    if form is None:
+        return whole(dtype), None
+    if not all(reader.blocks_of(key) == form for key in source.expert_keys(target, expert)):
+        value, scale = quantize_blocks(whole(torch.float32), to=FORMATS[form])
+        return value.view(torch.uint8), scale
+    # The conversion rules move bytes; torch has no concatenation of float8 on CPU.
+    value = source.convert_expert(
+        target, expert, num_experts, lambda key, row: reader.read_raw(key, row).view(torch.uint8)
+    )
+    scale = source.convert_expert(target, expert, num_experts, reader.read_scale)
+    # gate and up, joined along dimension 0: each must end where a block ends, or up's scales cover other rows.
+    pieces = len(source.patterns(target))
+    if (pieces > 1 and value.shape[0] % (pieces * BLOCK)) or tuple(scale.shape) != num_blocks(value.shape):
+        raise ConfigError(
+            f"{target}: expert matrices of {list(value.shape)} cannot stay in {form.upper()} (their 128x128 blocks do "
+            f"not line up once gate and up are joined); load without keeping {form.upper()}"
+        )
+    return value, scale
 
 
 def _assign(model: PreTrainedModel, name: str, value: torch.Tensor, folder: Path) -> None:

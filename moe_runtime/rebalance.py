@@ -160,6 +160,10 @@ class Rebalancer:
             return "rebalance: a model in training needs optimizer=, or model.eval() first"
         if self.migration is not None:
             return "rebalance: another one is under way; finish it first"
+        held = self.layers[0].moe_runtime_layer.expert_dtypes
+        if len(set(held)) > 1:
+            ranks = ", ".join(f"rank {rank} {name}" for rank, name in enumerate(held))
+            return f"rebalance: ranks hold their experts in different dtypes ({ranks}); load all in one to move them"
         for word in ("num_layers", "num_experts", "num_ranks"):
             if getattr(new, word) != getattr(old, word):
                 return f"rebalance: the placement has {word} = {getattr(new, word)}, the model {getattr(old, word)}"

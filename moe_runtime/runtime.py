@@ -16,8 +16,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from . import gradients, loading, overlap, saving
-from .checkpoint import CheckpointReader
+from . import expert_dtypes, gradients, loading, overlap, saving
+from .checkpoint import CheckpointReader, form_of_quantization
 from .comm import cuda, formats, staging
 from .comm.dispatch import IDLE, Dispatcher
 from .comm.nodes import NodeDispatcher
@@ -40,7 +40,6 @@ from .pays import Pays
 from .rebalance import Policy, Rebalancer
 from .recorder import Recorder
 
-_FP8_METHODS = ("fp8",)
 PROTOCOL = "0.1"  # of the exchanges between ranks; ranks with another one cannot join
 
 
@@ -94,6 +93,7 @@ class Runtime:
         self._join_depth = 0
         self._early_layers = 0  # of the latest model, whose shared expert is computed while rows travel
         self._dense_layers = 0  # of the latest model, that take the C kernel for a few rows
+        self._expert_lines: list[str] = []  # what the latest model's experts are held in
 
     # ---- models -------------------------------------------------------------------------------------------------
 
@@ -104,17 +104,20 @@ class Runtime:
         placement: Placement | str | Path | None = None,
         *,
         keep_fp8: bool = False,
+        expert_dtype: str | None = None,
         progress: loading.Progress = lambda done, total: None,
     ) -> PreTrainedModel:
         """A transformers model of which this rank holds the non-expert weights and its own experts only.
 
         path: a Hugging Face checkpoint folder (safetensors). dtype: None takes the config's. placement: a
         Placement, or the path of a plan file; None gives each rank experts in proportion to its speed in the cluster
-        file, or equal shares. keep_fp8: leave experts
-        that are stored in FP8 as they are; they are dequantised one by one when used.
+        file, or equal shares. keep_fp8: leave experts that are stored in FP8 as they are; they are dequantised one by
+        one when used. expert_dtype: what this rank holds its experts in, "fp8", "int8" or dtype's name; None takes what
+        the cluster file says of its node, else what keep_fp8 says, else 8 bits where memory_gib asks for it
+        (expert_dtypes.py). Experts in 8 bits can neither be saved nor trained.
 
         Raises CheckpointError (missing or unreadable files, missing or misshapen tensors) and ConfigError (no experts
-        to shard, more ranks than experts).
+        to shard, more ranks than experts, an expert_dtype that cannot be).
         """
         with self._same_outcome("open checkpoint"):
             reader = CheckpointReader(path)
@@ -123,15 +126,31 @@ class Runtime:
             model = empty_model(config, dtype)
         with reader:
             self._shard(model, placement)
+            held = self._choose_expert_dtype(model, reader, dtype, expert_dtype, keep_fp8)
             with self._same_outcome("load"):
                 unexpected = loading.fill_from_checkpoint(
-                    model, reader, dtype, self.device, self.rank, keep_fp8=keep_fp8, progress=progress
+                    model, reader, dtype, self.device, self.rank, expert_form=held.form, progress=progress
                 )
+        self._expert_lines = expert_dtypes.describe(held, expert_dtypes.of_ranks(model), model)
         if unexpected:
             self._notes.append(f"{path}: {len(unexpected)} tensors are not part of the model, such as {unexpected[0]}")
         if (Path(path) / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(path)
         return model
+
+    def _choose_expert_dtype(
+        self, model: PreTrainedModel, reader: CheckpointReader, dtype: torch.dtype, asked: str | None, keep_fp8: bool
+    ) -> expert_dtypes.Choice:
+        node = self._cluster.rank_nodes()[self.rank] if self._cluster else None
+        with self._same_outcome("choose expert_dtype"):
+            stored, sizes = expert_dtypes.stored_form(reader), expert_dtypes.sizes_of(model, dtype)
+            choice = expert_dtypes.choose(asked, keep_fp8, node, stored, dtype, self._claims[self.rank], sizes)
+        expert_dtypes.settle(model, self.transport, choice, self.config)
+        if node is not None and node.expert_dtype not in (None, choice.name):
+            self._notes.append(
+                f"expert_dtype {node.expert_dtype} of node {node.name} gave way to {choice.name}, as asked"
+            )
+        return choice
 
     def create_model(
         self,
@@ -386,6 +405,7 @@ class Runtime:
 
     def sync_gradients(self, model: PreTrainedModel) -> None:
         """Sum gradients after backward (gradients.py). A rank's loss must be divided by the tokens of all ranks."""
+        expert_dtypes.refuse_8_bits(model, "trained")
         gradients.sync_gradients(model, self.transport)
         rebalancer = getattr(model, "moe_runtime_rebalancer", None)
         if rebalancer is not None and rebalancer.optimizer is not None:
@@ -436,6 +456,7 @@ class Runtime:
             dense.describe(self._dense_layers),
             "combine: "
             + ("one row per (token, expert)" if self.config.per_expert_sums else "one partial sum per (token, rank)"),
+            *self._expert_lines,
         ]
         if self.view.placement is not None:
             counts = np.bincount(self.view.placement.slot_rank, minlength=self.size).tolist()
@@ -507,14 +528,6 @@ def _read_config(path: Path) -> PretrainedConfig:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         said = " ".join(str(error).split("\n\n")[0].split())  # the first paragraph, in one line
         raise CheckpointError(f"{path / 'config.json'}: transformers cannot read it ({said})") from error
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-        block = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
-        if str(method) not in _FP8_METHODS or (block is not None and list(block) != [128, 128]):
-            raise CheckpointError(
-                f"{path / 'config.json'}: quantization {method} with blocks {block} is not supported; "
-                "fp8 with 128x128 blocks is"
-            )
+    if form_of_quantization(getattr(config, "quantization_config", None), path / "config.json"):
         del config.quantization_config
     return config

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +23,24 @@ from transformers.core_model_loading import revert_weight_conversion
 from .checkpoint import INDEX, SINGLE
 from .comm.transport import Transport
 from .comm.wire import all_gather_message
-from .core.errors import CheckpointError, ConfigError
+from .core.errors import CheckpointError
+from .expert_dtypes import refuse_8_bits
 from .layer import experts_modules
 
 
 def save_checkpoint(
     model: PreTrainedModel, folder: Path, transport: Transport, tokenizer: Any = None, max_shard_bytes: int = 1 << 30
 ) -> None:
-    """Write config, weights and tokenizer. Every rank calls. Raises CheckpointError on every rank when rank 0 cannot.
+    """Write config, weights and tokenizer. Every rank calls. Raises CheckpointError on every rank when rank 0 cannot,
+    and ConfigError where any rank's experts are in 8 bits.
 
     After a failure nothing is left under the final name, and a checkpoint that stood there before still stands.
     """
+    refuse_8_bits(model, "saved")
     folder = folder.resolve()
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    writer = _ShardWriter(partial, max_shard_bytes) if transport.rank == 0 else None
-    error = _why_not_there(folder) if transport.rank == 0 else None
+    writer = ShardWriter(partial, max_shard_bytes) if transport.rank == 0 else None
+    error = why_not_there(folder) if transport.rank == 0 else None
     for name, tensor in _tensors(model, transport):
         # A rank 0 that cannot write goes on receiving: the others are in the middle of sending to it.
         if writer is None or error is not None:
@@ -48,8 +51,8 @@ def save_checkpoint(
             error = str(failure)
     if writer is not None and error is None:
         try:
-            writer.finish(model, tokenizer)
-            _replace(folder, partial)
+            writer.finish(lambda folder: _write_others(model, tokenizer, folder))
+            replace_folder(folder, partial)
         except Exception as failure:  # noqa: BLE001 - a tokenizer may refuse in its own way
             error = " ".join(str(failure).split()) or repr(failure)
     if writer is not None and error is not None:
@@ -75,8 +78,6 @@ def _expert_tensors(
     model: PreTrainedModel, name: str, value: torch.Tensor, module: Any, transport: Transport
 ) -> Iterator[tuple[str, torch.Tensor]]:
     layer = module.moe_runtime_layer
-    if value.dtype == torch.float8_e4m3fn or name.endswith("_scale_inv"):
-        raise ConfigError("a model whose experts are kept in FP8 cannot be saved; load it without keeping FP8")
     names_of = _per_expert_names(model, name, value)
     fused = None if names_of or transport.rank else value.new_empty((layer.placement.num_experts, *value.shape[1:]))
     for expert in range(layer.placement.num_experts):
@@ -130,7 +131,17 @@ def _per_expert_names(model: PreTrainedModel, name: str, value: torch.Tensor) ->
     return names
 
 
-class _ShardWriter:
+def _write_others(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
+    config = model.config
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+class ShardWriter:
     """Collects tensors and writes a shard whenever the next would pass `max_shard_bytes`."""
 
     def __init__(self, folder: Path, max_shard_bytes: int) -> None:
@@ -148,15 +159,10 @@ class _ShardWriter:
         self._pending_bytes += size
         self._total_bytes += size
 
-    def finish(self, model: PreTrainedModel, tokenizer: Any) -> None:
+    def finish(self, write_others: Callable[[Path], None]) -> None:
+        """Write what is left and the index; `write_others(folder)` adds the other files. All of it is then on disk."""
         self._flush()
-        config = model.config
-        config.architectures = [type(model).__name__]
-        config.save_pretrained(self.folder)
-        if model.generation_config is not None:
-            model.generation_config.save_pretrained(self.folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(self.folder)
+        write_others(self.folder)
         if len(self._shards) == 1:
             (self.folder / self._temporary(0)).rename(self.folder / SINGLE)
         else:
@@ -195,7 +201,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _why_not_there(folder: Path) -> str | None:
+def why_not_there(folder: Path) -> str | None:
     """Why nothing may be written under this name, or None."""
     if folder.exists() and not folder.is_dir():
         return "a file of that name is there"
@@ -204,7 +210,7 @@ def _why_not_there(folder: Path) -> str | None:
     return None
 
 
-def _replace(folder: Path, partial: Path) -> None:
+def replace_folder(folder: Path, partial: Path) -> None:
     """Put `partial` under the final name; an older checkpoint there is set aside first and removed last."""
     if not folder.exists():
         partial.rename(folder)

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 import moe_runtime
 from moe_runtime.checkpoint import INDEX, SINGLE, CheckpointReader
 from moe_runtime.errors import CheckpointError, ConfigError
-from moe_runtime.experts.fp8 import dequantize_blocks, quantize_blocks
+from moe_runtime.experts.blocks import dequantize_blocks, quantize_blocks
 from moe_runtime.experts.placement import from_owners, proportional
 from moe_runtime.layer import experts_modules
 
@@ -210,11 +210,11 @@ DAMAGES = {
     "a value of a wrong kind": (edit_json("config.json", hidden_size="wide"), ["config.json", "hidden_size"]),
     "another quantization": (
         edit_json("config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
-        ["config.json", "gptq", "fp8 with 128x128 blocks"],
+        ["config.json", "gptq", "fp8 and blockwise_int8 with 128x128 blocks"],
     ),
     "other blocks": (
         edit_json("config.json", quantization_config={"quant_method": "fp8", "weight_block_size": [64, 64]}),
-        ["config.json", "[64, 64]", "fp8 with 128x128 blocks"],
+        ["config.json", "[64, 64]", "fp8 and blockwise_int8 with 128x128 blocks"],
     ),
     "fewer experts than the config says": (
         edit_json("config.json", n_routed_experts=20),

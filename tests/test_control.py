@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import pytest
@@ -283,10 +284,13 @@ def test_a_node_that_cannot_hold_its_share_is_named():
     nodes = [Node("a", devices=1, vendor="cpu"), Node("b", devices=2, vendor="ascend", memory_gib=8.0)]
     facts = [{"host": "h0", "vendor": "cpu", "free_gib": 7.0}, {"host": "h1", "vendor": "ascend", "free_gib": 1.0}]
     # 2 GiB dense on every rank; of 18 GiB of experts a takes 2/6 and b 4/6: 8 and 16 GiB.
-    lines = tight(nodes, facts, [2.0, 2.0, 2.0], (18 * gib, 2 * gib))
+    lines = tight(nodes, facts, [2.0, 2.0, 2.0], (18 * gib, 2 * gib, 9 * gib))
     assert [line.split(" (")[0] for line in lines] == ["a"] and "8 GiB" in lines[0] and "7 GiB are there" in lines[0]
-    assert [line.split(" (")[0] for line in tight(nodes, facts, [1, 4, 4], (18 * gib, 2 * gib))] == ["b"]
-    assert tight(nodes, facts, [1, 2, 2], (15 * gib, gib)) == []
+    lines = tight(nodes, facts, [1, 4, 4], (18 * gib, 2 * gib, 9 * gib))
+    assert [line.split(" (")[0] for line in lines] == ["b"] and "8 bits" in lines[0]
+    assert tight(nodes, facts, [1, 2, 2], (15 * gib, gib, 8 * gib)) == []
+    nodes[1] = dataclasses.replace(nodes[1], expert_dtype="int8")
+    assert tight(nodes, facts, [1, 4, 4], (18 * gib, 2 * gib, 9 * gib)) == []
 
 
 def test_bytes_of_a_checkpoint_come_from_its_headers(tmp_path):
@@ -297,4 +301,4 @@ def test_bytes_of_a_checkpoint_come_from_its_headers(tmp_path):
     save_file({"model.layers.1.mlp.experts.0.up_proj.weight": zeros(4, 8)}, tmp_path / "1.safetensors")
     shared = {"model.layers.1.mlp.shared_experts.up_proj.weight": zeros(2), "model.norm.weight": zeros(3)}
     save_file(shared, tmp_path / "2.safetensors")
-    assert checkpoint_bytes(str(tmp_path)) == (128, 20)
+    assert checkpoint_bytes(str(tmp_path)) == (128, 20, 32)

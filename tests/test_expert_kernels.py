@@ -16,45 +16,47 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from moe_runtime.core import native
 from moe_runtime.experts import compute
-from moe_runtime.experts.fp8 import dequantize_blocks_torch, quantize_blocks
+from moe_runtime.experts.blocks import FORMATS, dequantize_blocks_torch, quantize_blocks
 from moe_runtime.launch import cli
 
 needs_c = pytest.mark.skipif(native.extension is None, reason=f"the C extension is {native.reason}")
 SETS = native.extension.simd_names() if native.extension else ()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FORMS = ("plain", *FORMATS)
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
-def random_weights(generator, shape, dtype, fp8):
-    """(weight, scales or None, the same in float64)."""
+def random_weights(generator, shape, dtype, form):
+    """(weight, scales or None, the same in float64); form: "plain", "fp8" or "int8"."""
     weight = torch.randn(shape, generator=generator)
-    if not fp8:
+    if form == "plain":
         weight = weight.to(dtype)
         return weight, None, weight.double()
     slots, blocks = shape[0], [-(-extent // 128) for extent in shape[1:]]
     codes = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-    codes[codes & 0x7F == 0x7F] = 3  # subnormal instead of nan
-    weight = codes.view(torch.float8_e4m3fn)
+    if form == "fp8":
+        codes[codes & 0x7F == 0x7F] = 3  # subnormal instead of nan
+    weight = codes.view(FORMATS[form])
     scales = torch.rand(slots, *blocks, generator=generator) * 1e-2
     exact = [dequantize_blocks_torch(w, s, torch.float64) for w, s in zip(weight, scales, strict=True)]
     return weight, scales, torch.stack(exact)
 
 
-def random_case(seed, dtype, fp8, num_inputs=300, num_outputs=200, most=20):
+def random_case(seed, dtype, form, num_inputs=300, num_outputs=200, most=20):
     generator = torch.Generator().manual_seed(seed)
     counts = torch.randint(0, most, (4,), generator=generator).numpy()
-    weight, scales, exact = random_weights(generator, (4, num_outputs, num_inputs), dtype, fp8)
+    weight, scales, exact = random_weights(generator, (4, num_outputs, num_inputs), dtype, form)
     x = torch.randn(7, num_inputs, generator=generator).to(dtype)
     row_index = torch.randint(7, (int(counts.sum()),), generator=generator)
     return x, row_index, weight, scales, counts, exact
 
 
 @needs_c
-@pytest.mark.parametrize("fp8", [False, True], ids=["plain", "fp8"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", [(1, 1), (16, 8), (33, 5), (127, 129), (128, 128), (300, 200), (512, 64)])
-def test_products_are_those_of_float64(dtype, fp8, sizes):
-    x, row_index, weight, scales, counts, exact = random_case(sum(sizes), dtype, fp8, *sizes)
+def test_products_are_those_of_float64(dtype, form, sizes):
+    x, row_index, weight, scales, counts, exact = random_case(sum(sizes), dtype, form, *sizes)
     out = compute.product(x, row_index, weight, scales, counts)
     slots = torch.from_numpy(np.arange(4).repeat(counts))
     expected = torch.einsum("mk,mnk->mn", x[row_index].double(), exact[slots])
@@ -64,10 +66,10 @@ def test_products_are_those_of_float64(dtype, fp8, sizes):
 
 
 @needs_c
-@pytest.mark.parametrize("fp8", [False, True], ids=["plain", "fp8"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bits_depend_neither_on_the_set_nor_on_threads_nor_on_other_rows(dtype, fp8, monkeypatch):
-    x, row_index, weight, scales, counts, _ = random_case(5, dtype, fp8)
+def test_bits_depend_neither_on_the_set_nor_on_threads_nor_on_other_rows(dtype, form, monkeypatch):
+    x, row_index, weight, scales, counts, _ = random_case(5, dtype, form)
     monkeypatch.setattr(compute, "_BYTES_PER_THREAD", 1)
     expected = compute.product(x, row_index, weight, scales, counts)
     for name in SETS:
@@ -86,29 +88,31 @@ def test_bits_depend_neither_on_the_set_nor_on_threads_nor_on_other_rows(dtype, 
 
 
 @needs_c
+@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("simd", SETS)
-def test_every_fp8_code_has_its_value(simd):
-    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+def test_every_code_has_its_value(simd, form):
+    codes = torch.arange(256, dtype=torch.uint8).view(FORMATS[form])
     weight = codes.repeat(2, 1).t().contiguous().view(1, 256, 2)  # an output for each code, met by one input
     x = torch.tensor([[1.0, 0.0]])
     got = compute.product(x, None, weight, torch.ones(1, 2, 1), np.array([1]), simd)[0]
     torch.testing.assert_close(got, codes.float(), rtol=0, atol=0, equal_nan=True)
-    assert int(got.isnan().sum()) == 2
+    assert int(got.isnan().sum()) == (2 if form == "fp8" else 0)
 
 
 @needs_c
+@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("simd", SETS)
-def test_dequantised_weights_are_the_twins(simd):
+def test_dequantised_weights_are_the_twins(simd, form):
     generator = torch.Generator().manual_seed(0)
     for rows, columns in ((1, 1), (5, 31), (130, 300), (128, 256)):
         codes = torch.randint(0, 256, (rows, columns), generator=generator, dtype=torch.uint8)
         scales = torch.rand(-(-rows // 128), -(-columns // 128), generator=generator)
         values = torch.empty(rows, columns, dtype=torch.bfloat16)
         native.extension.dequantize_rows(
-            *(codes.numpy(), "float8_e4m3fn", scales.numpy(), 128, 128),
+            *(codes.numpy(), str(FORMATS[form]).removeprefix("torch."), scales.numpy(), 128, 128),
             *(values.view(torch.uint8).numpy(), "bfloat16", simd),
         )
-        twin = dequantize_blocks_torch(codes.view(torch.float8_e4m3fn), scales, torch.bfloat16)
+        twin = dequantize_blocks_torch(codes.view(FORMATS[form]), scales, torch.bfloat16)
         torch.testing.assert_close(values, twin, rtol=0, atol=0, equal_nan=True)
 
 
@@ -138,7 +142,8 @@ SHARED = np.zeros(1024, np.uint8)
         dict(row_index=np.array([0])), dict(row_index=np.array([0, 1], np.int32)), dict(row_index=None),
         dict(weights=np.zeros((7, 16), np.uint8)), dict(weights=np.zeros((8, 17), np.uint8)),
         dict(weights=np.zeros((8, 32), np.uint8)[:, :16]), dict(weights=None), dict(dtype="float32"),
-        dict(dtype="float64"), dict(dtype="int8"), dict(dtype="bfloat16"), dict(scales=None),
+        dict(dtype="float64"), dict(dtype="float8_e4m3fnuz"), dict(dtype="bfloat16"), dict(scales=None),
+        dict(dtype="int8", scales=None),
         dict(scales=np.ones((1, 1), np.float32)), dict(scales=np.ones((2, 1))), dict(scales=np.ones(2, np.float32)),
         dict(rows_per_slot=np.array([1, 2])), dict(rows_per_slot=np.array([3, -1])),
         dict(rows_per_slot=np.array([2**62, 2**62])), dict(rows_per_slot=np.array([2])),
@@ -184,10 +189,13 @@ def deepseek_experts(dtype=torch.float32, experts=6, hidden=256, width=128) -> D
     return module
 
 
-def keep_fp8(module: DeepseekV3Experts) -> DeepseekV3Experts:
+def in_blocks(module: DeepseekV3Experts, form: str = "fp8") -> DeepseekV3Experts:
+    if form == "plain":
+        return module
     for name in ("gate_up_proj", "down_proj"):
-        codes, scales = zip(*(quantize_blocks(weight) for weight in getattr(module, name).data), strict=True)
-        weight = torch.stack([code.view(torch.uint8) for code in codes]).view(torch.float8_e4m3fn)
+        pairs = (quantize_blocks(weight, to=FORMATS[form]) for weight in getattr(module, name).data)
+        codes, scales = zip(*pairs, strict=True)
+        weight = torch.stack([code.view(torch.uint8) for code in codes]).view(FORMATS[form])
         setattr(module, name, torch.nn.Parameter(weight, requires_grad=False))
         module.register_parameter(f"{name}_scale_inv", torch.nn.Parameter(torch.stack(scales), requires_grad=False))
     return module
@@ -209,10 +217,10 @@ def twin(module, x, row_index, counts):
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
-@pytest.mark.parametrize("fp8", [False, True], ids=["plain", "fp8"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_few_and_many_rows_side_by_side(dtype, fp8):
-    module = keep_fp8(deepseek_experts(dtype)) if fp8 else deepseek_experts(dtype)
+def test_few_and_many_rows_side_by_side(dtype, form):
+    module = in_blocks(deepseek_experts(dtype), form)
     x, row_index, counts = mixed_batch(module, dtype)
     got = compute.grouped_experts(module, x, row_index, counts)
     expected = twin(module, x, row_index, counts)
@@ -285,7 +293,7 @@ def test_biases_and_a_norm_behind_each_expert():
 
 
 def test_without_the_extension_the_twin_runs_and_says_so(monkeypatch):
-    module = keep_fp8(deepseek_experts())
+    module = in_blocks(deepseek_experts())
     x, row_index, counts = mixed_batch(module, torch.float32)
     with_c = compute.grouped_experts(module, x, row_index, counts)
     monkeypatch.setattr(native, "extension", None)

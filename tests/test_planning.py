@@ -125,7 +125,10 @@ def test_a_faster_device_takes_less_time_and_reading_experts_takes_some(capsys):
         (["--model", V3, "--cluster", "no/such.toml"], "no/such.toml: cannot read the cluster file"),
         (["--model", V3, "--cluster", MIXED, "--load", "no/such.npz"], "no/such.npz: cannot read the trace"),
         (["--model", V3, "--cluster", MIXED, "--reserve-gib", "14"], "GiB short; add ranks or memory, or reserve less"),
-        (["--model", V3, "--cluster", MIXED, "--dtype", "bfloat16"], "hold the experts in FP8 (--dtype fp8)"),
+        (
+            ["--model", V3, "--cluster", MIXED, "--dtype", "bfloat16"],
+            "hold the experts in 8 bits (--dtype fp8 ",
+        ),
         (["--model", V3, "--cluster", MIXED, "--reserve-gib", "20"], "rank 16 (node slow) has 48 GiB; the dense part"),
         (["--model", V3, "--cluster", MIXED, "--slots", "2000"], "2000 slots, but the ranks hold at most"),
         (["--model", V3, "--cluster", MIXED, "--memory-gb-s", "5"], "--memory-gb-s without --tflops"),

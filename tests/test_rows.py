@@ -4,6 +4,7 @@ functions against hostile arguments. tests/native/test_rows.c holds the same C a
 from __future__ import annotations
 
 import gc
+import itertools
 import sys
 import threading
 import time
@@ -20,7 +21,7 @@ from moe_runtime.comm import rows
 from moe_runtime.comm.formats import BLOCK, FORMATS, decode, encode
 from moe_runtime.core import native
 from moe_runtime.core.errors import ConfigError
-from moe_runtime.experts import fp8
+from moe_runtime.experts import blocks
 
 needs_c = pytest.mark.skipif(native.extension is None, reason=f"the C extension is {native.reason}")
 SETS = native.extension.simd_names() if native.extension else ()
@@ -202,8 +203,8 @@ def test_values_beyond_a_format_become_what_torch_makes_of_them(simd, dtype):
         assert same(parts(rows.pack(values, *one, layout), layout)[0], values.to(dtype))
     elif dtype == torch.float8_e4m3fn:
         scaled = torch.cat([values[:, :-3] / 512, values[:, -3:]], 1)
-        assert all_same(fp8.quantize_blocks(scaled), fp8.quantize_blocks_torch(scaled))
-        assert fp8.quantize_blocks(scaled)[0].float().isnan().all()  # one nan and the whole block says so
+        assert all_same(blocks.quantize_blocks(scaled), blocks.quantize_blocks_torch(scaled))
+        assert blocks.quantize_blocks(scaled)[0].float().isnan().all()  # one nan and the whole block says so
 
 
 @pytest.mark.parametrize("wire", SCALED)
@@ -236,12 +237,13 @@ def test_rows_quantise_as_the_wire_formats_say(simd, dtype, wire):
         assert same(payload, expected[0].view(torch.uint8)) and same(scales, expected[1])
 
 
-# ---------------------------------------------------------------- FP8 weights
+# ---------------------------------------------------------------- FP8 and INT8 weights
 
 
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.int8])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(128, 128), (256, 384), (130, 257), (1, 1), (5, 700), (0, 128), (128, 0)])
-def test_fp8_weights_are_the_twins(simd, shape, dtype):
+def test_weights_in_blocks_are_the_twins(simd, shape, dtype, stored):
     generator = torch.Generator().manual_seed(sum(shape))
     weight = random_rows(generator, *shape, dtype)
     weight[:, :1].fill_(1e-30)  # blocks of almost nothing
@@ -249,18 +251,36 @@ def test_fp8_weights_are_the_twins(simd, shape, dtype):
         for block in (128, 7):
             given = placed(weight, how)
             if 0 in shape:
-                quantised = (
-                    torch.empty(shape, dtype=torch.float8_e4m3fn),
-                    torch.empty(*(-(-n // block) for n in shape)),
-                )
+                quantised = (torch.empty(shape, dtype=stored), torch.empty(*(-(-n // block) for n in shape)))
             else:
-                quantised = fp8.quantize_blocks(given, block)
-                assert all_same(quantised, fp8.quantize_blocks_torch(given, block))
-            blocks = (quantised[0], quantised[1], dtype, (block, block))
-            assert same(fp8.dequantize_blocks(*blocks), fp8.dequantize_blocks_torch(*blocks))
+                quantised = blocks.quantize_blocks(given, block, stored)
+                assert all_same(quantised, blocks.quantize_blocks_torch(given, block, stored))
+            given = (quantised[0], quantised[1], dtype, (block, block))
+            assert same(blocks.dequantize_blocks(*given), blocks.dequantize_blocks_torch(*given))
     if 0 not in shape:
-        blocks = (quantised[0], torch.rand(-(-shape[0] // 3), -(-shape[1] // 50)), dtype, (3, 50))
-        assert same(fp8.dequantize_blocks(*blocks), fp8.dequantize_blocks_torch(*blocks))
+        given = (quantised[0], torch.rand(-(-shape[0] // 3), -(-shape[1] // 50)), dtype, (3, 50))
+        assert same(blocks.dequantize_blocks(*given), blocks.dequantize_blocks_torch(*given))
+
+
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.int8])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_block_with_a_value_that_is_no_number_says_so(simd, stored, bad):
+    weight = torch.linspace(-1, 1, 130 * 128).view(130, 128)
+    weight[3, 5] = bad
+    quantised = blocks.quantize_blocks(weight, to=stored)
+    assert all_same(quantised, blocks.quantize_blocks_torch(weight, to=stored))
+    back = blocks.dequantize_blocks(*quantised, torch.float32)
+    assert not back[3, 5].isfinite() and back[128:].isfinite().all()
+
+
+@pytest.mark.parametrize(("stored", "most"), [(torch.float8_e4m3fn, 16 / 448), (torch.int8, 0.5 / 127)])
+def test_a_weight_in_blocks_is_off_by_half_a_step_at_most(stored, most):
+    weight = torch.randn(300, 200, generator=torch.Generator().manual_seed(2))
+    weight[:128, :128] *= 1e-4
+    weight[128:256, 128:] *= 1e4
+    off = (blocks.dequantize_blocks(*blocks.quantize_blocks(weight, to=stored), torch.float32) - weight).abs()
+    for part in itertools.product((slice(0, 128), slice(128, 256), slice(256, 300)), (slice(0, 128), slice(128, 200))):
+        assert off[part].max() <= weight[part].abs().max() * most * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("with_c", [pytest.param(True, marks=needs_c), False])
@@ -269,7 +289,7 @@ def test_scales_that_do_not_cover_a_weight_are_refused(monkeypatch, with_c):
         monkeypatch.setattr(native, "extension", None)
     weight = torch.zeros(256, 128, dtype=torch.float8_e4m3fn)
     with pytest.raises(ValueError, match=r"scales of shape \(1, 1\) for a weight of \(256, 128\): need \(2, 1\)"):
-        fp8.dequantize_blocks(weight, torch.ones(1, 1), torch.float32)
+        blocks.dequantize_blocks(weight, torch.ones(1, 1), torch.float32)
 
 
 # ---------------------------------------------------------------- what callers rely on

@@ -135,7 +135,7 @@ def fill_fp8(layer: Any, seed: int) -> None:
     import torch
 
     from ...core.tensors import empty_weights
-    from ...experts.fp8 import BLOCK
+    from ...experts.blocks import BLOCK
 
     generator = np.random.default_rng(seed)
     codes = generator.integers(0, 256, 1 << 24, dtype=np.uint8)

@@ -18,14 +18,15 @@ from ...core.errors import ConfigError
 from . import expert_layer
 from .model import machine_line
 
-READ, MATMUL, OURS, OURS_FP8 = "read weights", "matmul", "C", "C, FP8 weights"
+READ, MATMUL, OURS = "read weights", "matmul", "C"
+OURS_IN_BLOCKS = {"fp8": "C, FP8 weights", "int8": "C, INT8 weights"}
 _MATMUL_ROWS = 1024  # at which torch's matmul of this shape is at its best rate
 
 
-def subjects(weights: Any, fp8: tuple[Any, Any], rows: int) -> dict[str, Callable[[int], Any]]:
+def subjects(weights: Any, blocks: dict[str, tuple[Any, Any]], rows: int) -> dict[str, Callable[[int], Any]]:
     """Each: a function of the expert's number that multiplies `rows` rows by that expert's weights [E, out, in].
 
-    fp8: the same in float8_e4m3fn, with their scales.
+    blocks: the same in each of 8 bits, with their scales.
     """
     import numpy as np
     import torch
@@ -52,7 +53,8 @@ def subjects(weights: Any, fp8: tuple[Any, Any], rows: int) -> dict[str, Callabl
         def ours(weights: Any, scale: Any) -> Callable[[int], Any]:
             return lambda e: product(every, None, weights, scale, every_count) if e == 0 else None
 
-        made[OURS], made[OURS_FP8] = ours(weights, None), ours(*fp8)
+        made[OURS] = ours(weights, None)
+        made |= {OURS_IN_BLOCKS[form]: ours(*stored) for form, stored in blocks.items()}
     if hasattr(F, "grouped_mm"):
         made["grouped_mm"] = lambda e: F.grouped_mm(every, weights.transpose(1, 2), offs=ends) if e == 0 else None
     if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
@@ -79,19 +81,21 @@ def measure_table(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch.nn.functional as F
 
     from ...core import native
-    from ...experts.fp8 import quantize_blocks
+    from ...experts.blocks import FORMATS, quantize_blocks
 
     torch.set_num_threads(arguments.threads)
     weights = torch.randn(arguments.experts, arguments.width, arguments.width).bfloat16()
-    quantised, scales = zip(*(quantize_blocks(weight) for weight in weights), strict=True)
-    fp8 = (torch.stack([q.view(torch.uint8) for q in quantised]).view(torch.float8_e4m3fn), torch.stack(scales))
+    blocks = {}
+    for form, stored in FORMATS.items():
+        quantised, scales = zip(*(quantize_blocks(weight, to=stored) for weight in weights), strict=True)
+        blocks[form] = (torch.stack([q.view(torch.uint8) for q in quantised]).view(stored), torch.stack(scales))
     table: dict[int, dict[str, float]] = {}
     with torch.inference_mode():
         x = torch.randn(_MATMUL_ROWS, arguments.width).bfloat16()
         seconds = measure({MATMUL: lambda e: F.linear(x, weights[e])}, min(8, arguments.experts), arguments.passes)
         for rows in arguments.rows:
             print(f"{rows} rows ...", file=sys.stderr, flush=True)
-            table[rows] = measure(subjects(weights, fp8, rows), arguments.experts, arguments.passes)
+            table[rows] = measure(subjects(weights, blocks, rows), arguments.experts, arguments.passes)
     return {
         "machine": machine_line(),
         "threads": arguments.threads,
@@ -109,14 +113,15 @@ def render(report: dict[str, Any]) -> str:
         f"torch's bf16 matmul of {_MATMUL_ROWS} rows: {rate / 1e9:.0f} G multiply-adds/s",
     ]
     names = list(next(iter(report["seconds"].values())))
-    shares = [name for name in ("linear", OURS, OURS_FP8) if name in names]
+    halved = OURS_IN_BLOCKS.values()
+    shares = [name for name in ("linear", OURS, *halved) if name in names]
     lines.append(
         f"{'rows':>6}" + "".join(f"{name:>18}" for name in names) + "   (microseconds per expert)"
         "   share of the floor: " + ", ".join(shares)
     )
     for rows, row in report["seconds"].items():
-        # Weights in FP8 are half the bytes. The floor is the later of reading the weights and multiplying them.
-        floors = {name: max(row[READ] / (2 if name == OURS_FP8 else 1), int(rows) * width**2 / rate) for name in shares}
+        # Weights in 8 bits are half the bytes. The floor is the later of reading the weights and multiplying them.
+        floors = {name: max(row[READ] / (2 if name in halved else 1), int(rows) * width**2 / rate) for name in shares}
         lines.append(
             f"{rows:>6}"
             + "".join(f"{row[name] * 1e6:>18.0f}" for name in names)

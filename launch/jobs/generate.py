@@ -22,6 +22,7 @@ import moe_runtime
 
 from ...checkpoint import CheckpointReader
 from ...comm.wire import all_gather_message
+from ...core.cluster import EXPERT_DTYPES
 from ...core.config import RuntimeConfig
 from ...core.errors import ConfigError
 from ..tokenizers import load_tokenizer
@@ -212,6 +213,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=8, help="prompts per rank and round")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     parser.add_argument("--keep-fp8", action="store_true", help="leave experts stored in FP8 as FP8")
+    of_ranks = "what every rank holds its experts in; auto: as the cluster file says, else 8 bits where memory_gib asks"
+    parser.add_argument("--expert-dtype", choices=("auto", *EXPERT_DTYPES), default="auto", help=of_ranks)
     parser.add_argument("--tokenizer", default="auto", help="auto: the checkpoint's; bytes: one token per byte")
     parser.add_argument("--placement", type=Path, help="plan file: which expert lives where")
     parser.add_argument("--record", type=Path, metavar="FILE.npz", help="write the load trace of this run")
@@ -242,6 +245,7 @@ def main(argv: list[str] | None = None) -> int:
             dtype=dtype,
             placement=arguments.placement,
             keep_fp8=arguments.keep_fp8,
+            expert_dtype=arguments.expert_dtype,
             progress=LoadingProgress(runtime.rank),
         )
         if runtime.rank == 0:

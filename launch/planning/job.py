@@ -20,7 +20,7 @@ from ..training.config import TrainConfig
 from .measure import devices_of
 from .plan import GIB, Planned, of_job, rank_rows
 from .rates import Device
-from .shape import ModelShape, read_shape, shape_of
+from .shape import EXPERT_BYTES, ModelShape, read_shape, shape_of
 from .steps import PROMPT_TOKENS, Step, Work, buffers, predict
 
 _LEFT_OUT = (
@@ -47,13 +47,18 @@ def of_generate(arguments: Sequence[str], cluster: Cluster, threads: int | None 
     parser.add_argument("--placement", type=Path)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--keep-fp8", action="store_true")
+    parser.add_argument("--expert-dtype", default="auto")
     parser.add_argument("--batch-size", default="8")
     parser.add_argument("--max-new-tokens", default="64")
     parser.add_argument("--runtime", action="append", default=[])
     options = parser.parse_known_args(list(arguments))[0]
     shape = read_shape(options.model, options.dtype)
-    if shape.stored == "fp8" and not options.keep_fp8:  # dequantised while loading
-        shape = dataclasses.replace(shape, stored="bfloat16")
+    if options.expert_dtype != "auto":  # for every rank, whatever the cluster file says
+        if options.expert_dtype not in EXPERT_BYTES:
+            raise ConfigError(f"--expert-dtype {options.expert_dtype}: choose auto, {', '.join(EXPERT_BYTES)}")
+        shape, cluster = dataclasses.replace(shape, stored=options.expert_dtype), _held_alike(cluster)
+    elif EXPERT_BYTES[shape.stored] < 2 and not (options.keep_fp8 and shape.stored == "fp8"):
+        shape = dataclasses.replace(shape, stored="bfloat16")  # dequantised while loading
     sequences, new = (_count(name, getattr(options, name)) for name in ("batch_size", "max_new_tokens"))
     compressed = _is_compressed(apply_overrides({}, options.runtime).get("wire_format"))
     prompt = math.ceil(PROMPT_TOKENS / sequences)
@@ -90,7 +95,13 @@ def of_train(config: str, arguments: Sequence[str], cluster: Cluster, threads: i
     parts = settings.accumulate
     work = Work(name, of_rank, of_rank, trains=True, compressed=compressed, parts=parts)
     placed = load_plan(base / settings.placement) if settings.placement else None
-    return _job(shape, cluster, placed, (work,), threads, 0.0)
+    return _job(shape, _held_alike(cluster), placed, (work,), threads, 0.0)  # 8 bits cannot be trained
+
+
+def _held_alike(cluster: Cluster) -> Cluster:
+    """The cluster with no node that has a word of its own on what to hold experts in."""
+    nodes = tuple(dataclasses.replace(node, expert_dtype=None) for node in cluster.nodes)
+    return dataclasses.replace(cluster, nodes=nodes)
 
 
 def _job(
@@ -102,7 +113,7 @@ def _job(
     cache_bytes: float | None,
 ) -> Job:
     planned = of_job(shape, cluster, placed)
-    devices = devices_of(cluster, "bfloat16" if shape.stored == "fp8" else shape.stored, threads)
+    devices = devices_of(cluster, "bfloat16" if EXPERT_BYTES[shape.stored] < 2 else shape.stored, threads)
     steps = [predict(shape, cluster, planned.plan, devices, work) for work in works]
     largest = max(works, key=lambda work: work.tokens)
     return Job(planned, devices, works, steps, buffers(shape, cluster, planned.plan, largest, cache_bytes))
@@ -125,7 +136,7 @@ def rank_lines(job: Job) -> list[list[str]]:
     for rank, (row, extra) in enumerate(zip(rank_rows(job.planned), job.buffers, strict=True)):
         mine = [
             f"{row['slots']} slots for {shape.num_experts} experts in each of {shape.num_layers} layers: "
-            f"{_size(row['expert_bytes'])} ({shape.stored}) beside a dense part of {_size(shape.dense_bytes)}; "
+            f"{_size(row['expert_bytes'])} ({row['expert_dtype']}) beside a dense part of {_size(shape.dense_bytes)}; "
             f"{row['share_of_rows']:.1%} of expert rows, {row['time'] / slowest:.0%} of the slowest's time by speed",
             f"buffers: {_buffers(extra)}; {_left(row['left_bytes'], extra)}",
         ]

@@ -90,8 +90,11 @@ def make(options: argparse.Namespace) -> Planned:
     check_fit(shape, cluster, memory, options.reserve_gib)
     on_links = rated.bytes_per_row * together(cluster, shape.top_k) if rated.unit == "s" else 0.0
     ranks = placements.ranks_of_cluster(cluster, rated.seconds_per_row, on_links, rated.seconds_per_expert)
-    ranks = [dataclasses.replace(rank, memory_bytes=room) for rank, room in zip(ranks, memory, strict=True)]
-    slots = options.slots or default_slots(shape, memory, options.load is not None, cluster.num_ranks)
+    # The planner knows one size of an expert: where a node's differs, its memory is told in such experts.
+    shares = [shape.expert_bytes / shape.expert_bytes_on(node) for node in cluster.rank_nodes()]
+    rooms = [None if room is None else room * share for room, share in zip(memory, shares, strict=True)]
+    ranks = [dataclasses.replace(rank, memory_bytes=room) for rank, room in zip(ranks, rooms, strict=True)]
+    slots = options.slots or default_slots(shape, cluster, memory, options.load is not None)
     extra = {} if options.smoothing is None else {"smoothing": options.smoothing}
     plan = placements.plan(load, ranks, slots, policy=options.policy, bytes_per_expert=shape.expert_bytes, **extra)
     return judged(shape, cluster, rated, plan, memory, rows, source)
@@ -168,11 +171,11 @@ def check_fit(shape: ModelShape, cluster: Cluster, memory: list[float | None], r
     rooms = [room for room in memory if room is not None]
     if len(rooms) < len(memory):
         return
-    per_layer = shape.expert_bytes * shape.num_layers
-    held = sum(min(int(room // per_layer), shape.num_experts) for room in rooms)
+    held = sum(_experts_in(shape, cluster, memory))
     if held < shape.num_experts:
+        per_layer = shape.expert_bytes * shape.num_layers
         missing = (shape.num_experts - held) * per_layer
-        smaller = " or hold the experts in FP8 (--dtype fp8)," if shape.stored != "fp8" else ""
+        smaller = " or hold the experts in 8 bits (--dtype fp8 or int8)," if EXPERT_BYTES[shape.stored] >= 2 else ""
         raise ConfigError(
             f"{shape.num_experts} experts of {per_layer / GIB:.2f} GiB (all layers) do not fit: beside the dense part "
             f"of {shape.dense_bytes / GIB:.1f} GiB{reserved} the {len(rooms)} ranks hold {held} of them, "
@@ -180,12 +183,17 @@ def check_fit(shape: ModelShape, cluster: Cluster, memory: list[float | None], r
         )
 
 
-def default_slots(shape: ModelShape, memory: list[float | None], has_load: bool, num_ranks: int) -> int:
+def _experts_in(shape: ModelShape, cluster: Cluster, memory: list[float | None]) -> list[int]:
+    """How many experts of each layer fit into each rank's memory, all of which is known."""
+    per_rank = [shape.expert_bytes_on(node) * shape.num_layers for node in cluster.rank_nodes()]
+    return [min(int(room // each), shape.num_experts) for room, each in zip(memory, per_rank, strict=True)]
+
+
+def default_slots(shape: ModelShape, cluster: Cluster, memory: list[float | None], has_load: bool) -> int:
     """Without a load an expert has one slot. With one, an eighth as many replicas as experts, where memory allows."""
-    slots = max(shape.num_experts + (shape.num_experts // 8 if has_load else 0), num_ranks)
+    slots = max(shape.num_experts + (shape.num_experts // 8 if has_load else 0), cluster.num_ranks)
     if all(room is not None for room in memory):
-        per_layer = shape.expert_bytes * shape.num_layers
-        slots = min(slots, sum(min(int(room // per_layer), shape.num_experts) for room in memory))
+        slots = min(slots, sum(_experts_in(shape, cluster, memory)))
     return slots
 
 
@@ -233,7 +241,7 @@ def rank_rows(planned: Planned) -> list[dict[str, Any]]:
     rows = np.bincount(plan.slot_rank, tokens.sum(axis=0), plan.num_ranks)
     found = []
     for rank, (node, speed) in enumerate(zip(planned.cluster.rank_nodes(), planned.cluster.rank_speeds(), strict=True)):
-        experts = float(slots[rank] * shape.expert_bytes * shape.num_layers)
+        experts = float(slots[rank] * shape.expert_bytes_on(node) * shape.num_layers)
         left = None if node.memory_gib is None else node.memory_gib * GIB - shape.dense_bytes - experts
         found.append(
             {
@@ -243,6 +251,7 @@ def rank_rows(planned: Planned) -> list[dict[str, Any]]:
                 "slots": int(slots[rank]),
                 "dense_bytes": shape.dense_bytes,
                 "expert_bytes": experts,
+                "expert_dtype": shape.held_on(node),
                 "left_bytes": left,
                 "share_of_rows": float(rows[rank] / rows.sum()),
                 "time": float(planned.times[rank]),

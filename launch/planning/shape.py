@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...core.cluster import Node
 from ...core.errors import CheckpointError, ConfigError
 
-# Bytes of a weight; FP8 with one float32 scale for 128 x 128 weights.
-EXPERT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 1.0 + 4.0 / (128 * 128)}
+# Bytes of a weight; FP8 and INT8 with one float32 scale for 128 x 128 weights.
+_IN_BLOCKS = 1.0 + 4.0 / (128 * 128)
+EXPERT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "fp8": _IN_BLOCKS, "int8": _IN_BLOCKS}
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,14 @@ class ModelShape:
         """Of one expert of one layer."""
         return self.expert_weights * EXPERT_BYTES[self.stored]
 
+    def held_on(self, node: Node) -> str:
+        """What a node's ranks hold experts in: its own word, else the job's."""
+        return node.expert_dtype or self.stored
+
+    def expert_bytes_on(self, node: Node) -> float:
+        """Of one expert of one layer on a node's ranks."""
+        return self.expert_weights * EXPERT_BYTES[self.held_on(node)]
+
     @property
     def dense_bytes(self) -> float:
         return self.dense_weights * self.dense_bytes_per_weight
@@ -62,10 +72,12 @@ class ModelShape:
 def read_shape(path: str | Path, dtype: str = "auto") -> ModelShape:
     """The shape of a model folder, or of a bare config.json; transformers builds the model without memory.
 
-    dtype: what experts are held in; "auto" takes FP8 where the checkpoint has it, else the config's. Raises ConfigError
-    or CheckpointError for what cannot be read, or has no experts.
+    dtype: what experts are held in; "auto" takes FP8 or INT8 where the checkpoint has it, else the config's. Raises
+    ConfigError or CheckpointError for what cannot be read, or has no experts.
     """
     from transformers import AutoConfig
+
+    from ...checkpoint import QUANT_METHODS
 
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
@@ -80,8 +92,8 @@ def read_shape(path: str | Path, dtype: str = "auto") -> ModelShape:
         raise CheckpointError(f"{file}: no config that transformers can read ({said})") from None
     stored = dtype
     if dtype == "auto":
-        is_fp8 = quantized and quantized.get("quant_method") == "fp8"
-        stored = "fp8" if is_fp8 else str(config.dtype or "bfloat16").removeprefix("torch.")
+        form = QUANT_METHODS.get((quantized or {}).get("quant_method"))
+        stored = form or str(config.dtype or "bfloat16").removeprefix("torch.")
     return shape_of(config, str(path), stored)
 
 
@@ -95,7 +107,7 @@ def shape_of(config: Any, name: str, stored: str) -> ModelShape:
 
     if stored not in EXPERT_BYTES:
         raise ConfigError(f"{name}: dtype {stored!r}; choose one of {', '.join(EXPERT_BYTES)} with --dtype")
-    held = torch.bfloat16 if stored == "fp8" else getattr(torch, stored)
+    held = torch.bfloat16 if EXPERT_BYTES[stored] < 2 else getattr(torch, stored)
     model = empty_model(config, held)
     modules = experts_modules(model)
     first = next(iter(modules.values()))

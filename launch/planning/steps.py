@@ -143,6 +143,7 @@ def _attention(shape: ModelShape, device: Device, work: Work) -> list[Term]:
 
 def _experts(shape: ModelShape, device: Device, node: Node, work: Work, rows: float, active: float) -> list[Term]:
     per_row, per_expert = expert_seconds(shape, device.flops, device.read_bytes)
+    per_expert *= shape.expert_bytes_on(node) / shape.expert_bytes
     slowed = 1 / (node.emulate_speed or 1.0)  # emulation slows experts and nothing else
     passes, times = (WEIGHT_PASSES * work.parts, PRODUCTS) if work.trains else (1, 1)
     return [

@@ -24,6 +24,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+EXPERT_DTYPES = ("fp8", "int8", "bfloat16", "float16", "float32")  # what a rank may hold experts in
 _Keys = dict[str, tuple[str, Callable[[Any], bool], Callable[[Any], Any]]]
 
 
@@ -39,7 +40,8 @@ class Node:
     for traffic between nodes (None: the one that leads to the first node), `visible_devices` which devices the ranks
     may see, as the vendor's own variable says it ("0,1"). `tflops` (10^12 multiply-adds times 2 per second) and
     `memory_gb_s` (10^9 bytes of weights read per second) are what EACH device reaches, given both or neither; only
-    --dry-run reads them. Raises ConfigError on a value that cannot be used.
+    --dry-run reads them. `expert_dtype` is what its ranks hold experts in: "fp8", "int8", or the model's dtype (None: as
+    the job asks). Raises ConfigError on a value that cannot be used.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Node:
     visible_devices: str | None = None
     tflops: float | None = None
     memory_gb_s: float | None = None
+    expert_dtype: str | None = None
 
     def __post_init__(self) -> None:
         _check_values(self, _NODE_KEYS)
@@ -252,6 +255,7 @@ _POSITIVE = ("a number above 0", lambda value: _is_number(value) and value > 0, 
 _OPTIONAL = (
     "memory_gib", "speed", "python", "emulate", "emulate_speed", "island", "interface", "visible_devices",
     "tflops", "memory_gb_s",
+    "expert_dtype",
 )  # fmt: skip
 _NODE_KEYS: _Keys = {
     "name": _TEXT,
@@ -269,6 +273,7 @@ _NODE_KEYS: _Keys = {
     "visible_devices": _TEXT,
     "tflops": _POSITIVE,
     "memory_gb_s": _POSITIVE,
+    "expert_dtype": (f"one of {', '.join(EXPERT_DTYPES)}", lambda value: value in EXPERT_DTYPES, str),
 }
 _LINK_KEYS: _Keys = {
     "between": ("a pair of different node names", _is_pair, tuple),

@@ -56,7 +56,7 @@ static int64_t random_extent(int64_t most) {
 static problem random_problem(int64_t most_inputs) {
     problem p = {.x_dtype = floats[random_in(0, 2)], .out_dtype = floats[random_in(0, 2)]};
     experts_weights *w = &p.weights;
-    w->dtype = random_in(0, 1) ? ROWS_E4M3FN : floats[random_in(0, 2)];
+    w->dtype = random_in(0, 1) ? floats[random_in(0, 2)] : random_in(0, 1) ? ROWS_E4M3FN : ROWS_INT8;
     w->num_slots = random_in(0, 4);
     w->num_outputs = random_extent(140);
     w->num_inputs = random_extent(most_inputs);
@@ -74,12 +74,12 @@ static problem random_problem(int64_t most_inputs) {
     w->values = p.values = block(count * rows_item_bytes(w->dtype));
     p.x = block(p.num_rows * w->num_inputs * rows_item_bytes(p.x_dtype));
     fill(p.x_dtype, p.x, p.num_rows * w->num_inputs);
-    if (w->dtype != ROWS_E4M3FN) {
+    if (w->dtype < ROWS_NUM_ROW_DTYPES) {
         fill(w->dtype, p.values, count);
         return p;
     }
     uint8_t *codes = p.values; /* all of them: large, subnormal, zeros; nan sometimes */
-    const bool has_nan = random_in(0, 5) == 0;
+    const bool has_nan = w->dtype == ROWS_INT8 || random_in(0, 5) == 0; /* int8 has none: every code is a number */
     for (int64_t i = 0; i < count; i++) {
         codes[i] = (uint8_t)random_bits();
         if (!has_nan && (codes[i] & 0x7f) == 0x7f) codes[i] = 0;
@@ -255,9 +255,9 @@ static void test_what_does_not_fit_is_refused(void) {
         REQUIRE(experts_product(loops, &w, ROWS_FLOAT32, rows, NULL, counts, ROWS_FLOAT32, target, bad_parts[i],
                                 scratch, &fault) == EXPERTS_BAD_ARGUMENT);
     }
-    static const rows_dtype bad_dtypes[] = {ROWS_FLOAT64, ROWS_E4M3FN, ROWS_INT8};
+    static const rows_dtype bad_dtypes[] = {ROWS_FLOAT64, ROWS_E4M3FN, ROWS_E4M3FNUZ, ROWS_INT8};
     for (size_t i = 0; i < sizeof bad_dtypes / sizeof *bad_dtypes; i++) {
-        const experts_weights other = {bad_dtypes[i], values, NULL, 1, 1, 1}; /* e4m3fn: without scales */
+        const experts_weights other = {bad_dtypes[i], values, NULL, 1, 1, 1}; /* e4m3fn, int8: without scales */
         REQUIRE(experts_product(loops, &other, ROWS_FLOAT32, rows, NULL, counts, ROWS_FLOAT32, target,
                                 (experts_part){0, 1}, scratch, &fault) == EXPERTS_BAD_ARGUMENT);
         REQUIRE(experts_product(loops, &w, bad_dtypes[i], rows, NULL, counts, ROWS_FLOAT32, target,
