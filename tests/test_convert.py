@@ -528,7 +528,7 @@ def test_a_plan_counts_what_each_node_holds(converted, tmp_path):
     assert wide["expert_bytes"] / int8["expert_bytes"] == pytest.approx(2, rel=1e-3)
     words = ["--model", str(converted("int8")), "--expert-dtype"]
     for asked, held in (("fp8", ["fp8", "fp8"]), ("auto", ["bfloat16", "bfloat16"])):  # stored in INT8 is dequantised
-        assert [row["expert_dtype"] for row in rank_rows(job.of_generate([*words, asked], cluster))] == held
+        assert [row["expert_dtype"] for row in rank_rows(job.of_generate([*words, asked], cluster).planned)] == held
 
 
 def test_a_reader_knows_what_is_in_blocks(converted):

@@ -40,8 +40,8 @@ class Node:
     for traffic between nodes (None: the one that leads to the first node), `visible_devices` which devices the ranks
     may see, as the vendor's own variable says it ("0,1"). `tflops` (10^12 multiply-adds times 2 per second) and
     `memory_gb_s` (10^9 bytes of weights read per second) are what EACH device reaches, given both or neither; only
-    --dry-run reads them. `expert_dtype` is what its ranks hold experts in: "fp8", "int8", or the model's dtype (None: as
-    the job asks). Raises ConfigError on a value that cannot be used.
+    --dry-run reads them. `expert_dtype` is what its ranks hold experts in: "fp8", "int8", or the model's dtype (None:
+    as the job asks). Raises ConfigError on a value that cannot be used.
     """
 
     name: str
