@@ -10,6 +10,7 @@ from pathlib import Path
 from ...core.cluster import Cluster
 from ...core.errors import ConfigError
 from ...experts.placement import load_plan
+from ..generation import options as generation
 from ..toml import apply_overrides, read_toml
 from .plan import GIB, Planned, of_job, rank_rows
 from .shape import EXPERT_BYTES, read_shape, shape_of
@@ -17,12 +18,7 @@ from .shape import EXPERT_BYTES, read_shape, shape_of
 
 def of_generate(arguments: Sequence[str], cluster: Cluster) -> Planned:
     """The generate job with these arguments."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--model", type=Path)
-    parser.add_argument("--placement", type=Path)
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--keep-fp8", action="store_true")
-    options = parser.parse_known_args(list(arguments))[0]
+    options = generation.parse(arguments)
     shape = read_shape(options.model, options.dtype)
     if shape.stored == "fp8" and not options.keep_fp8:  # dequantised while loading
         shape = dataclasses.replace(shape, stored="bfloat16")
