@@ -6,6 +6,7 @@ Its parts are in launch/generation: options, input, the running batch, how promp
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 import time
 from collections.abc import Sequence
@@ -69,7 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def open_output(
     runtime: moe_runtime.Runtime, requests: list[Request], arguments: argparse.Namespace
 ) -> tuple[Sink | None, int]:
-    """Rank 0's sink, and how many of the requests' results are there already; every rank calls, before loading."""
+    """Rank 0's sink, and how many of the requests' results are there already; every rank calls, before loading.
+
+    Raises ConfigError, on all ranks, for an output that cannot be used, and where ranks read other input.
+    """
     sink, kept, problem = None, [], ""
     if runtime.rank == 0:
         try:
@@ -77,10 +81,14 @@ def open_output(
             sink = Sink(requests, kept, arguments)
         except ConfigError as error:
             problem = str(error)
-    problem, done = all_gather_message(runtime.transport, [problem, len(kept)], "output")[0]
-    if problem:
-        raise ConfigError(problem)
-    return sink, done
+    digest = hashlib.sha256(repr(requests).encode()).hexdigest()
+    said = all_gather_message(runtime.transport, [problem, len(kept), digest], "output")
+    other = next((rank for rank, (_, _, theirs) in enumerate(said) if theirs != said[0][2]), None)
+    if other is not None:
+        problem = f"{arguments.input}: rank {other} reads other prompts there than rank 0; give all hosts the same file"
+    if problem or said[0][0]:
+        raise ConfigError(problem or said[0][0])
+    return sink, said[0][1]
 
 
 def batch_settings(arguments: argparse.Namespace) -> Settings:
