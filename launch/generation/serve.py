@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
@@ -16,13 +17,21 @@ import moe_runtime
 
 from ...comm.wire import all_gather_message
 from .batch import RunningBatch
-from .output import Sink
 from .requests import Request
 
 PASSES = 16  # of a round, at most
 
 
-def generate(runtime: moe_runtime.Runtime, batch: RunningBatch, requests: Sequence[Request], sink: Sink | None) -> None:
+class Results(Protocol):
+    """Who gets the results: some [line, text, number of new tokens, their log-probabilities], then when to look."""
+
+    def take(self, results: list[list]) -> None: ...
+    def write(self) -> None: ...
+
+
+def generate(
+    runtime: moe_runtime.Runtime, batch: RunningBatch, requests: Sequence[Request], sink: Results | None
+) -> None:
     """Continue every request and write what comes to `sink` (rank 0's). Every rank calls with the same requests."""
     queue, held = deque(requests), [0] * runtime.size
     # A sequence that ends early makes room early; few ends come in fewer passes than a sequence can take.
