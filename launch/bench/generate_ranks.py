@@ -19,6 +19,8 @@ from ..generation.serve import generate
 from ..tokenizers import byte_tokenizer
 from .generate import FIXED, PLAIN, REFILL
 
+Run = Callable[[str, Sequence[Request]], dict[int, list]]  # (subject, all requests) -> results by number
+
 
 class Tokens:
     """Results as `generate` hands them over."""
@@ -68,22 +70,24 @@ def main() -> int:
     work = json.loads((Path(folder) / "work.json").read_text(encoding="utf-8"))
     requests = [Request(number, prompt, None, new) for number, (prompt, new) in enumerate(work, 1)]
     subjects = one_process if kind == [PLAIN] else moe_runtime_ranks
-    run = subjects(Path(folder) / "model", int(batch_size))
+    run, passes = subjects(Path(folder) / "model", int(batch_size))
     run(FIXED, requests[:3])
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
-        start = time.perf_counter()
+        before, start = passes(), time.perf_counter()
         found = run(line.strip(), requests)
         seconds = time.perf_counter() - start
         digest = hashlib.sha256(json.dumps(sorted(found.items())).encode()).hexdigest()
-        print(json.dumps({"seconds": seconds, "digest": digest}), flush=True)
+        print(json.dumps({"seconds": seconds, "passes": passes() - before, "digest": digest}), flush=True)
     return 0
 
 
-def moe_runtime_ranks(folder: Path, batch_size: int) -> Callable[[str, Sequence[Request]], dict[int, list]]:
+def moe_runtime_ranks(folder: Path, batch_size: int) -> tuple[Run, Callable[[], int]]:
+    """What runs a subject, and what counts the passes that this rank has taken part in."""
     import moe_runtime
 
     from ...comm.wire import all_gather_message
+    from ...model import expert_layers
 
     runtime = moe_runtime.init()
     model = runtime.load_model(folder, dtype=torch.float32)
@@ -102,14 +106,21 @@ def moe_runtime_ranks(folder: Path, batch_size: int) -> Callable[[str, Sequence[
             model, requests, runtime.rank, runtime.size, batch_size, lambda: runtime.join(model), exchange
         )
 
-    return run
+    return run, lambda: expert_layers(model)[0].moe_runtime_layer.passes
 
 
-def one_process(folder: Path, batch_size: int) -> Callable[[str, Sequence[Request]], dict[int, list]]:
+def one_process(folder: Path, batch_size: int) -> tuple[Run, Callable[[], int]]:
+    """As moe_runtime_ranks, with nothing of ours."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return lambda _, requests: fixed_batches(model, requests, 0, 1, batch_size, nullcontext, lambda mine: [mine])
+    seen = []
+    model.register_forward_pre_hook(lambda *_: seen.append(None))
+
+    def run(_: str, requests: Sequence[Request]) -> dict[int, list]:
+        return fixed_batches(model, requests, 0, 1, batch_size, nullcontext, lambda mine: [mine])
+
+    return run, lambda: len(seen)
 
 
 if __name__ == "__main__":
