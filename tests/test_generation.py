@@ -9,22 +9,24 @@ import json
 import os
 import random
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from families import reference_model
+from families import FAMILIES, reference_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import RankFailed, run_ranks
 
 from moe_runtime.errors import ConfigError
 from moe_runtime.launch import cli
+from moe_runtime.launch.bench.generate_ranks import fixed_batches
 from moe_runtime.launch.generation import options
 from moe_runtime.launch.generation.batch import RunningBatch, Settings, together
 from moe_runtime.launch.generation.output import Sink, take_up
-from moe_runtime.launch.generation.requests import Request
+from moe_runtime.launch.generation.requests import Request, read_requests
 from moe_runtime.launch.generation.sampling import Sampling, choose, gumbel
 from moe_runtime.launch.generation.serve import deal
 from moe_runtime.launch.jobs import generate as job
@@ -86,7 +88,7 @@ SAMPLED = ["--temperature", "0.9", "--top-k", "200", "--top-p", "0.98", "--seed"
 # ---- the running batch ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4", "gpt_oss"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_refilled_batch_gives_each_prompt_what_it_gets_alone(family):
     model, prompts = small_model(family), some_prompts(11)
     limits = [random.Random(1 + at).randint(1, 24) for at in range(len(prompts))]
@@ -110,6 +112,17 @@ def test_a_finished_sequences_place_is_taken_at_once(v3):
         batch.run(100_000)
     assert sizes.count(1) == 5  # each prefill after the first lets in the one prompt that there is room for
     assert sizes.count(4) == 1 + 6 * 4  # one prefill for the first four; 5 tokens of six sequences beside the long ones
+
+
+def test_padding_that_no_sequence_needs_any_more_is_given_back(v3):
+    batch = RunningBatch(v3, byte_tokenizer(), Settings(batch_size=2))
+    batch.add(0, "a" * 30, 5)
+    batch.add(1, "b" * 20, 12)
+    with torch.inference_mode():
+        batch.run(4)
+        assert batch._running.mask.shape == (2, 33) and batch._running.cache.get_seq_length() == 33
+        batch.run(1)
+    assert batch._running.mask.shape == (1, 24) and batch._running.cache.get_seq_length() == 24
 
 
 def test_families_that_cannot_be_refilled_say_so(v3):
@@ -292,16 +305,16 @@ def killed_after(lines: int, arguments: list[str]) -> None:
 
 def test_a_killed_run_is_resumed_to_the_same_file(folder, sampled):
     output = folder / "killed.jsonl"
-    arguments = words(folder, output, *SAMPLED)
+    arguments = words(folder, output, *SAMPLED, "--resume")  # there is nothing to take up yet
     run_ranks(killed_after, 1, 5, arguments, expect_dead=(0,))
     left = output.read_text()
     assert left == sampled[: len(left)] and 5 <= left.count("\n") < 17
     output.write_text(left + '{"line": 9, "prom')  # as if it had been writing
-    run_ranks(run_job, 2, [*arguments, "--resume"])
+    run_ranks(run_job, 2, arguments)
     assert output.read_text()[: len(left)] == left
     assert without_logprobs(output.read_text()) == without_logprobs(sampled)
     whole = output.read_text()
-    run_ranks(run_job, 1, [*arguments, "--resume"])  # nothing is left to do
+    run_ranks(run_job, 1, arguments)  # nothing is left to do
     assert output.read_text() == whole
 
 
@@ -332,12 +345,20 @@ def test_ranks_that_read_different_input_are_told(folder):
     run_ranks(read_other_input, 2, folder)
 
 
+def test_a_prompt_may_have_any_character_inside(tmp_path):
+    prompts = ["a\u2028b", "c\x85d", "e\nf"]
+    lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts]
+    (tmp_path / "in.jsonl").write_bytes("\r\n".join(lines).encode())
+    assert read_requests([], tmp_path / "in.jsonl") == [Request(at, prompt) for at, prompt in enumerate(prompts, 1)]
+
+
 @pytest.mark.parametrize(
     ("left", "told"),
     [
         ('{"line": 1, "prompt": "b", "text": "x", "tokens": 1}\n', "line 1 of .* is not the result of input line 1"),
         ('{"line": 2, "prompt": "a", "text": "x", "tokens": 1}\n', "is not the result of input line 1"),
         ("text\n", "line 1 of .* is not JSON"),
+        ("text\nof something else", "line 1 of .* is not JSON"),
         ("[]\n", "line 1 of .* is not a result"),
         ('{"line": 1, "prompt": "a", "text": "x", "tokens": 1, "logprobs": [0]}\n', "was written with --logprobs"),
         ('{"line": 1, "prompt": "a", "text": "x", "tokens": 1}\n' * 3, "has 3 results, the input only 2"),
@@ -348,6 +369,14 @@ def test_resuming_a_file_of_something_else_is_refused(tmp_path, left, told):
     with pytest.raises(ConfigError, match=told):
         take_up(tmp_path / "out.jsonl", [Request(1, "a"), Request(2, None, "not JSON")], logprobs=False)
     assert (tmp_path / "out.jsonl").read_text() == left
+
+
+def test_the_benchs_fixed_batches_do_the_same_work(v3):
+    prompts, limits = some_prompts(7), [3, 9, 1, 5, 2, 8, 4]
+    requests = [Request(number, prompt, None, limits[number]) for number, prompt in enumerate(prompts)]
+    fixed = fixed_batches(v3, requests, 0, 1, 3, nullcontext, lambda mine: [mine])
+    refilled = run_batch(v3, prompts, limits, batch_size=3)
+    assert fixed == {one.number: [one.text, len(one.tokens), []] for one in refilled}
 
 
 # ---- options --------------------------------------------------------------------------------------------------------

@@ -7,9 +7,9 @@ itself, in a thread, when to run a pass, while ranks must pass expert layers in 
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections import deque
-from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,8 +53,11 @@ class Sequence:
 
 
 class RunningBatch:
-    """`add` sequences, `run` some passes, get those that have ended. Where `splices` is false (V4), rows cannot enter
-    and leave: sequences of equal length start together, and the next ones when all have ended."""
+    """`add` sequences, `run` some passes, get those that have ended.
+
+    Where `splices` is false (V4), rows cannot enter and leave: sequences of equal length start together, and the next
+    ones when all have ended.
+    """
 
     def __init__(self, model: Any, tokenizer: Any, settings: Settings) -> None:
         self.model, self._tokenizer, self.settings = model, tokenizer, settings
@@ -200,15 +203,24 @@ class _Rows:
 
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         positions = (mask.cumsum(1)[:, -ids.shape[1] :] - 1).clamp(min=0)
-        takes = inspect.signature(self._model.forward).parameters
-        last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}  # never logits of a whole prompt
-        # "cache" is what transformers calls it since 5.20 or so.
-        cache = {"cache" if "cache" in takes else "past_key_values": self.cache}
-        out = self._model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **cache, **last)
+        cache, last = _forward_words(type(self._model))
+        words = {cache: self.cache, **last}
+        out = self._model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **words)
         return out.logits[:, -1].float().cpu()
 
 
-def together(lengths: Several[int], room: int, tokens: int, padding: bool = True) -> list[int]:
+@functools.cache
+def _forward_words(model: type) -> tuple[str, dict[str, int]]:
+    """What this class's forward calls the cache (another word in newer transformers), and how it is asked for the
+    last position's logits alone, so that there are never those of a whole prompt."""
+    takes = inspect.signature(model.forward).parameters
+    return (
+        "cache" if "cache" in takes else "past_key_values",
+        {"logits_to_keep": 1} if "logits_to_keep" in takes else {},
+    )
+
+
+def together(lengths: list[int], room: int, tokens: int, padding: bool = True) -> list[int]:
     """Which waiting prompts (indices, the first always) share the next prefill: at most `room`, and with padding no
     more than `tokens` and no more padding than prompt. padding=False: only those as long as the first."""
     chosen, longest, real = [0], lengths[0], lengths[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -30,6 +31,7 @@ class Sink:
         self._requests, self._records = requests, list(kept)
         self._ready: dict[int, list] = {}  # results whose turn it is not, by line
         self._tokens, self._kept, self._started = 0, len(kept), 0.0
+        self._silent_until = 0.0
         for request in requests:
             if request.error is not None:
                 print(f"error: {arguments.input}, line {request.number}: {request.error}", file=sys.stderr)
@@ -62,6 +64,9 @@ class Sink:
                 break
         if self._file is not None and len(self._records) > before:
             self._file.flush()
+            if time.perf_counter() < self._silent_until:
+                return
+            self._silent_until = time.perf_counter() + 2.0
             rate = self._tokens / (time.perf_counter() - self._started)
             print(f"{len(self._records)}/{len(self._requests)} prompts, {rate:,.1f} tokens/s", file=sys.stderr)
 
@@ -100,12 +105,9 @@ def take_up(path: Path, requests: list[Request], logprobs: bool) -> list[dict]:
         return []
     try:
         data = path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            with open(path, "r+b") as file:
-                file.truncate(len(whole))
     except OSError as error:
-        raise ConfigError(f"--output {path}: cannot be read and written ({error.strerror})") from error
+        raise ConfigError(f"--output {path}: cannot be read ({error.strerror})") from error
+    whole = data[: data.rfind(b"\n") + 1]
     records = [_read_record(path, number, line) for number, line in enumerate(whole.splitlines(), 1)]
     if len(records) > len(requests):
         raise ConfigError(f"--resume: {path} has {len(records)} results, the input only {len(requests)} prompts")
@@ -115,6 +117,11 @@ def take_up(path: Path, requests: list[Request], logprobs: bool) -> list[dict]:
             raise ConfigError(f"--resume: line {at} of {path} is not the result of input line {request.number}")
         if "error" not in record and ("logprobs" in record) != logprobs:
             raise ConfigError(f"--resume: {path} was written {'without' if logprobs else 'with'} --logprobs")
+    if len(whole) < len(data):
+        try:
+            os.truncate(path, len(whole))
+        except OSError as error:
+            raise ConfigError(f"--output {path}: cannot be written ({error.strerror})") from error
     return records
 
 

@@ -24,7 +24,7 @@ def read_requests(prompts: list[str], file: Path | None) -> list[Request]:
     if file is None:
         return [Request(number, prompt) for number, prompt in enumerate(prompts, 1)]
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")  # splitlines would cut at a text's U+2028 too
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: cannot be read ({error})") from error
     return [_read_line(number, line) for number, line in enumerate(lines, 1) if line.strip()]

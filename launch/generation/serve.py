@@ -19,7 +19,7 @@ from ...comm.wire import all_gather_message
 from .batch import RunningBatch
 from .requests import Request
 
-PASSES = 16  # of a round, at most
+PASSES = 16  # of a round, at most: few against what a sequence takes, many against the message after them
 
 
 class Results(Protocol):
@@ -34,7 +34,7 @@ def generate(
 ) -> None:
     """Continue every request and write what comes to `sink` (rank 0's). Every rank calls with the same requests."""
     queue, held = deque(requests), [0] * runtime.size
-    # A sequence that ends early makes room early; few ends come in fewer passes than a sequence can take.
+    # No longer than a sequence can take: as many as run wait, so few places stay empty for the rest of a round.
     passes = min(PASSES, batch.settings.max_new_tokens)
     while True:
         for rank in deal(len(queue), held, 2 * batch.settings.batch_size):
