@@ -45,7 +45,7 @@ def fixed_batches(
     exchange: Callable[[list], list[list]],
 ) -> dict[int, list]:
     """Rounds of transformers' own `generate`: each rank a padded batch, the next when the longest of all is done."""
-    tokenizer, found = byte_tokenizer(), {}
+    tokenizer, found = byte_tokenizer(), dict[int, list]()
     for start in range(0, len(requests), size * batch_size):
         part = requests[start : start + size * batch_size]
         mine = part[len(part) * rank // size : len(part) * (rank + 1) // size]
@@ -114,7 +114,7 @@ def one_process(folder: Path, batch_size: int) -> tuple[Run, Callable[[], int]]:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    seen = []
+    seen = list[None]()
     model.register_forward_pre_hook(lambda *_: seen.append(None))
 
     def run(_: str, requests: Sequence[Request]) -> dict[int, list]:

@@ -57,7 +57,7 @@ def generate(
 
 def deal(waiting: int, held: Sequence[int], room: int) -> list[int]:
     """The ranks that the next requests go to, in order: each to the rank that has the fewest, none above `room`."""
-    held, ranks = list(held), []
+    held, ranks = list(held), list[int]()
     while len(ranks) < waiting and min(held) < room:
         ranks.append(held.index(min(held)))
         held[ranks[-1]] += 1
