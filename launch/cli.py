@@ -131,6 +131,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
+    generation.check(generation.parse(options.job_arguments))
     # Its stdout is the text (or the JSON object) and nothing else.
     target = ["-m", "moe_runtime.launch.jobs.generate", *_job_arguments(options)]
 

@@ -392,6 +392,9 @@ def test_the_benchs_fixed_batches_do_the_same_work(v3):
         (["--prefill-chunk", "0"], "of at least 1"),
         (["--stop", ""], "stops nothing"),
         (["--dtype", "int8"], "--dtype"),
+        (["--top-k", "3"], "--temperature 0 does not sample"),
+        (["--resume"], "give --output too"),
+        (["--input", "x.jsonl"], "give --prompt (once or more) or --input"),
     ],
 )
 def test_a_bad_value_is_told_by_the_launcher_before_any_rank_starts(more, told, capsys, monkeypatch, tmp_path):
@@ -399,19 +402,6 @@ def test_a_bad_value_is_told_by_the_launcher_before_any_rank_starts(more, told, 
     assert cli.main(["generate", "--model", "m", "--prompt", "x", *more]) == 2
     said = capsys.readouterr().err
     assert told in said and said.count("\n") == 1 and not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("more", "told"),
-    [
-        ([], "give --prompt"),
-        (["--prompt", "x", "--resume"], "give --output"),
-        (["--prompt", "x", "--top-k", "3"], "above 0"),
-    ],
-)
-def test_options_that_make_no_sense_together_are_told(more, told):
-    with pytest.raises(ConfigError, match=told):
-        options.check(options.parse(["--model", "m", *more]))
 
 
 def test_what_the_launcher_passes_on_is_what_the_job_reads():
