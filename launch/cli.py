@@ -22,6 +22,7 @@ from ..core.cluster import Cluster, Node, load_cluster
 from ..core.environment import is_loopback, rank_environment
 from ..core.errors import ConfigError
 from . import records
+from .generation import options as generation
 from .local import Rank, run_ranks
 from .machine import available_cores, free_port
 from .options import BothSpellings, Parser, PassOn, add, add_launch_options, seconds
@@ -80,27 +81,9 @@ Starts two ranks, or the cluster file's. Where the vendor's device is not on thi
 of the report says so. The exit code is 1 where something failed or differs from what the vendor table claims.""",
 }
 
-# The options of the jobs, passed on to launch/jobs: (name, what argparse needs to know).
+# The training job's options, passed on to launch/jobs: (name, what argparse needs to know).
 _TRAIN_OPTIONS: dict[str, dict[str, Any]] = {
     "--set": {"metavar": "KEY=VALUE", "help": "replace one value of CONFIG (repeatable)"},
-}
-_GENERATE_OPTIONS: dict[str, dict[str, Any]] = {
-    "--model": {"metavar": "DIR", "required": True, "help": "checkpoint folder"},
-    "--prompt": {"metavar": "TEXT", "help": "a prompt (repeatable)"},
-    "--input": {"metavar": "FILE.jsonl", "help": "prompts, one JSON object a line"},
-    "--output": {"metavar": "FILE.jsonl", "help": "where the answers go, one JSON object a line"},
-    "--max-new-tokens": {"metavar": "N", "help": "tokens to generate for each prompt"},
-    "--batch-size": {"metavar": "N", "help": "prompts a rank works on at once"},
-    "--dtype": {"metavar": "DTYPE", "help": "auto (the checkpoint's), float32, bfloat16 or float16"},
-    "--keep-fp8": {"nargs": 0, "default": False, "help": "leave experts stored in FP8 as FP8"},
-    "--expert-dtype": {"metavar": "NAME", "help": "fp8, int8, the model's dtype, or auto (as the cluster file says)"},
-    "--tokenizer": {"metavar": "auto|bytes", "help": "the checkpoint's tokenizer, or plain bytes"},
-    "--placement": {"metavar": "plan.json", "help": "which expert lives where, as moe-launch plan writes it"},
-    "--record": {"metavar": "FILE.npz", "help": "write the load trace of this run"},
-    "--temperature": {"metavar": "X", "help": "0 is greedy"},
-    "--seed": {"metavar": "N", "help": "of the sampling"},
-    "--timeout-s": {"metavar": "SECONDS", "help": "deadline of each wait for other ranks"},
-    "--runtime": {"metavar": "KEY=VALUE", "help": "a runtime setting, such as wire_format=fp8,int8,exact (repeatable)"},
 }
 
 
@@ -153,6 +136,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
+    generation.check(generation.parse(options.job_arguments))
     # Its stdout is the text (or the JSON object) and nothing else.
     target = ["-m", "moe_runtime.launch.jobs.generate", *_job_arguments(options)]
 
@@ -363,15 +347,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_job_options(job, _TRAIN_OPTIONS)
 
     _, job = add_command("generate", "Generate text with the model's experts spread over the ranks.", _generate)
-    _add_job_options(job, _GENERATE_OPTIONS)
-    what = "one JSON object on stdout, everything else on stderr"
-    job.add_argument("--json", action=PassOn, nargs=0, default=False, help=what)
+    _add_job_options(job, generation.to_pass_on())
 
     _, job = add_command("check", "Preflight, and conformance of a vendor's device and library.", _check)
     named = "a row of the vendor table (default: auto, the one that is here)"
     job.add_argument("--vendor", default="auto", metavar="NAME", help=named)
     add(job, "--timeout-s", type=seconds, default=60.0, metavar="SECONDS", help="deadline of a probe (default: 60)")
-    job.add_argument("--json", action="store_true", help=what)
+    job.add_argument("--json", action="store_true", help="one JSON object on stdout, everything else on stderr")
 
     for name, where, what in (
         ("plan", ".planning", "Plan where experts live: memory, experts and predicted time per rank; needs no device."),

@@ -10,7 +10,7 @@ from ..core.errors import ConfigError
 
 
 def add_launch_options(group: Any) -> None:
-    at_least_1, count = _whole_number(1), _whole_number(0)
+    at_least_1, count = whole_number(1), whole_number(0)
     of_cluster = "number of ranks (default: the cluster file's, else 1)"
     add(group, "--nproc-per-node", type=at_least_1, metavar="N", help=of_cluster)
     add(group, "--nnodes", metavar="N", help="number of hosts (default: the cluster file's, Slurm's, else 1)")
@@ -25,7 +25,7 @@ def add_launch_options(group: Any) -> None:
     add(group, "--engine-args", action="append", metavar="WORDS", help=passed)
     add(group, "--master-addr", metavar="HOST", help="where node 0 listens (default: its host; one host: 127.0.0.1)")
     of_port = "its port (default: 29500; one host: a free one)"
-    add(group, "--master-port", type=_whole_number(1, 65535), metavar="PORT", help=of_port)
+    add(group, "--master-port", type=whole_number(1, 65535), metavar="PORT", help=of_port)
     wait = "for all nodes to come (default: 120)"
     add(group, "--start-timeout", type=seconds, default=120.0, metavar="SECONDS", help=wait)
     add(group, "--rdzv-endpoint", type=_endpoint, metavar="HOST:PORT", help="both in one")
@@ -86,11 +86,12 @@ class PassOn(argparse.Action):
             words = [name]
             setattr(namespace, self.dest, True)
         else:  # argparse of the job would take a value such as -1x for an option
-            words = [f"{name}={values}"] if values.startswith("-") else [name, values]
+            words = [f"{name}={values}"] if str(values).startswith("-") else [name, str(values)]
         namespace.job_arguments = [*namespace.job_arguments, *words]
 
 
-def _whole_number(least: int, most: int | None = None) -> Any:
+def whole_number(least: int, most: int | None = None) -> Any:
+    """An argparse type: whole numbers between these, both included."""
     limits = f"of at least {least}" if most is None else f"from {least} to {most}"
 
     def parse(text: str) -> int:
@@ -111,7 +112,7 @@ def _endpoint(text: str) -> tuple[str, int]:
     host, _, port = text.partition(":")
     if not host:
         raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
-    return host, _whole_number(0, 65535)(port or "0")  # 0: a free one, as in torchrun
+    return host, whole_number(0, 65535)(port or "0")  # 0: a free one, as in torchrun
 
 
 def _streams(text: str) -> str:

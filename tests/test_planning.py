@@ -213,7 +213,8 @@ def test_a_dry_run_takes_rates_from_the_cluster_file_and_says_where_it_has_none(
 @pytest.mark.parametrize("word", ["0", "many"])
 def test_a_dry_run_with_a_bad_number_says_so(capsys, word):
     words = ["generate", "--model", Path(V3).parent, "--cluster", MIXED, "--prompt", "x", "--dry-run"]
-    assert f"--batch-size {word}: must be a whole number" in launch(capsys, *words, "--batch-size", word)[1]
+    code, _, told = launch(capsys, *words, "--batch-size", word)
+    assert code == 2 and f"argument --batch-size: '{word}' is not a whole number of at least 1" in told
 
 
 # ---------------------------------------------------------------- steps

@@ -10,6 +10,7 @@ from ...core.errors import ConfigError
 # What can be measured, and the module whose `main(argv) -> int` measures it; imported only when asked for.
 BENCHES = {
     "model": "moe_runtime.launch.bench.model",
+    "generate": "moe_runtime.launch.bench.generate",
     "load": "moe_runtime.launch.bench.load",
     "experts": "moe_runtime.launch.bench.experts",
     "dispatch": "moe_runtime.launch.bench.dispatch",

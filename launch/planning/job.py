@@ -15,6 +15,7 @@ from pathlib import Path
 from ...core.cluster import Cluster
 from ...core.errors import ConfigError
 from ...experts.placement import Placement, load_plan
+from ..generation import options as generation
 from ..toml import apply_overrides, read_toml
 from ..training.config import TrainConfig
 from .measure import devices_of
@@ -42,24 +43,13 @@ class Job:
 
 def of_generate(arguments: Sequence[str], cluster: Cluster, threads: int | None = None) -> Job:
     """The generate job with these arguments. threads: of a rank; None is the launcher's default."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--model", type=Path)
-    parser.add_argument("--placement", type=Path)
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--keep-fp8", action="store_true")
-    parser.add_argument("--expert-dtype", default="auto")
-    parser.add_argument("--batch-size", default="8")
-    parser.add_argument("--max-new-tokens", default="64")
-    parser.add_argument("--runtime", action="append", default=[])
-    options = parser.parse_known_args(list(arguments))[0]
+    options = generation.parse(arguments)
     shape = read_shape(options.model, options.dtype)
     if options.expert_dtype != "auto":  # for every rank, whatever the cluster file says
-        if options.expert_dtype not in EXPERT_BYTES:
-            raise ConfigError(f"--expert-dtype {options.expert_dtype}: choose auto, {', '.join(EXPERT_BYTES)}")
         shape, cluster = dataclasses.replace(shape, stored=options.expert_dtype), _held_alike(cluster)
     elif EXPERT_BYTES[shape.stored] < 2 and not (options.keep_fp8 and shape.stored == "fp8"):
         shape = dataclasses.replace(shape, stored="bfloat16")  # dequantised while loading
-    sequences, new = (_count(name, getattr(options, name)) for name in ("batch_size", "max_new_tokens"))
+    sequences, new = options.batch_size, options.max_new_tokens
     compressed = _is_compressed(apply_overrides({}, options.runtime).get("wire_format"))
     prompt = math.ceil(PROMPT_TOKENS / sequences)
     cached = sequences * (prompt + new / 2)  # in the middle of the answer
@@ -117,12 +107,6 @@ def _job(
     steps = [predict(shape, cluster, planned.plan, devices, work) for work in works]
     largest = max(works, key=lambda work: work.tokens)
     return Job(planned, devices, works, steps, buffers(shape, cluster, planned.plan, largest, cache_bytes))
-
-
-def _count(name: str, text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(f"--{name.replace('_', '-')} {text}: must be a whole number of at least 1")
-    return int(text)
 
 
 def _is_compressed(wire_format: object) -> bool:
