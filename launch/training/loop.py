@@ -171,7 +171,7 @@ class Trainer:
             text, extra = self.losses(part)
             (text + extra).backward()
             told[0] += text.detach().cpu().double()
-            told[1] += float(extra)
+            told[1] += float(extra.detach() if isinstance(extra, torch.Tensor) else extra)
         runtime.sync_gradients(self.model)
         norm = runtime.clip_grad_norm(self.model, config.max_grad_norm)
         runtime.transport.all_reduce(told, "training loss")
