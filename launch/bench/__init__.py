@@ -10,6 +10,7 @@ from ...core.errors import ConfigError
 # What can be measured, and the module whose `main(argv) -> int` measures it; imported only when asked for.
 BENCHES = {
     "model": "moe_runtime.launch.bench.model",
+    "train": "moe_runtime.launch.bench.train",
     "load": "moe_runtime.launch.bench.load",
     "experts": "moe_runtime.launch.bench.experts",
     "dispatch": "moe_runtime.launch.bench.dispatch",
@@ -24,6 +25,7 @@ Measure on this machine, always beside a floor and a peer. WHAT is one of: {", "
 
 examples:
   moe-launch bench model
+  moe-launch bench train --profile
   moe-launch bench load --json
   moe-launch bench dispatch --ranks 2 4 --profile
   moe-launch bench load --help
