@@ -19,6 +19,7 @@ from typing import Any
 
 from ...core.errors import ConfigError, MoeRuntimeError
 from ..machine import available_cores
+from . import train_layer
 from .model import SHAPE, machine_line, make_checkpoint, say
 from .processes import Subject, spread
 from .subjects import SUBJECTS
@@ -73,7 +74,13 @@ def run(arguments: argparse.Namespace, shape: dict[str, Any]) -> dict[str, Any]:
         finally:
             for subject in subjects:
                 subject.close()
-    return make_report(subjects, arguments, shape, began)
+    report = make_report(subjects, arguments, shape, began)
+    if arguments.ranks > 1:
+        say("one expert layer beside DeepSpeed's ...")
+        layer = [shape[f] for f in ("n_routed_experts", "hidden_size", "moe_intermediate_size", "num_experts_per_tok")]
+        tokens = arguments.sequences * arguments.length // arguments.ranks
+        report["layer"] = train_layer.compare(arguments.ranks, layer, tokens, arguments.rounds)
+    return report
 
 
 def check(arguments: argparse.Namespace, shape: dict[str, Any]) -> None:
@@ -183,6 +190,8 @@ def render(report: dict[str, Any]) -> str:
         lines.append("where rank 0 of moe-runtime spends a step:")
         for name, seconds in sorted(report["profile"].items(), key=lambda item: -item[1]):
             lines.append(f"  {name:30s}{seconds:>8.3f} s{seconds / total:>8.1%}")
+    if "layer" in report:
+        lines.append(train_layer.render(report["layer"]))
     return "\n".join(lines)
 
 
