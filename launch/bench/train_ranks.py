@@ -30,7 +30,9 @@ class Trainee:
         self.loaded, self.model = loaded, loaded.model.train()
         whole = random_tokens(self.model, sequences, length + 1)
         self.ids, self.tokens = loaded.share(whole), sequences * length
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=rate)
+        # Fused, as transformers' Trainer has it by default; it takes the parameters of one device mesh at a time.
+        groups = [{"params": parameters} for parameters in by_mesh(self.model).values()]
+        self.optimizer = torch.optim.AdamW(groups, lr=rate, fused=True)
         if profile and loaded.runtime:
             watch_attention(self.model)
             spans.on = True
@@ -69,6 +71,14 @@ def gradient_scale(loaded: Loaded) -> int:
     return 1 if loaded.runtime else loaded.size
 
 
+def by_mesh(model: Any) -> dict[Any, list[torch.nn.Parameter]]:
+    """Parameters by device mesh; None where they are whole."""
+    found: dict[Any, list[torch.nn.Parameter]] = {}
+    for parameter in model.parameters():
+        found.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    return found
+
+
 def clip(loaded: Loaded) -> float:
     """Clip by the norm of the whole model's gradients, each subject in its own way; returns that norm."""
     if loaded.runtime:
@@ -83,13 +93,10 @@ def clip_meshes(model: Any) -> float:
     (trainer.py, `_mixed_mesh_grad_norm`)."""
     from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-    by_mesh: dict[Any, list[Any]] = {}
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            by_mesh.setdefault(parameter.grad.device_mesh, []).append(parameter)
-    norms = [get_total_norm([p.grad for p in parameters]).full_tensor() for parameters in by_mesh.values()]
+    meshes = by_mesh(model).values()
+    norms = [get_total_norm([p.grad for p in parameters]).full_tensor() for parameters in meshes]
     norm = torch.linalg.vector_norm(torch.stack(norms))
-    for parameters in by_mesh.values():
+    for parameters in meshes:
         clip_grads_with_norm_(parameters, MAX_NORM, norm)
     return float(norm)
 
