@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import ConfigError, MoeRuntimeError
-from ..machine import available_cores
+from ..machine import available_cores, free_gib
 from . import train_layer
 from .model import SHAPE, machine_line, make_checkpoint, say
 from .processes import Subject, spread
@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None, shape: dict[str, Any] = SHAPE) -> int:
     parser.add_argument("--sequences", type=int, default=8, help="of all ranks together")
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
     parser.add_argument("--layers", type=int, default=shape["num_hidden_layers"], help="fewer need less memory")
+    parser.add_argument("--peers", nargs="+", choices=SUBJECTS[1:], default=SUBJECTS[1:], help="fewer need less memory")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--profile", action="store_true", help="also where moe-runtime's time goes")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
@@ -50,21 +51,22 @@ def run(arguments: argparse.Namespace, shape: dict[str, Any]) -> dict[str, Any]:
     """Measure. Raises ConfigError for what cannot be, MoeRuntimeError when a rank fails or computes something else."""
     check(arguments, shape)
     began, cores = os.getloadavg()[0], available_cores()
-    layout = {"moe-runtime": arguments.ranks, "transformers-ep": arguments.ranks, "transformers": 1}
+    layout = {"moe-runtime": arguments.ranks}
+    layout |= {name: 1 if name == "transformers" else arguments.ranks for name in arguments.peers}
+    if arguments.ranks == 1 and layout.pop("transformers-ep", None):
+        say("transformers-ep: left out, it needs 2 ranks")
     options = [arguments.sequences, arguments.length, arguments.learning_rate, arguments.profile]
     subjects: list[Subject] = []
     with tempfile.TemporaryDirectory(prefix="moe-bench-") as scratch:
         folder = Path(scratch) / "model"
         say("writing a random checkpoint ...")
         make_checkpoint(folder, shape)
+        check_memory(folder, layout)
         try:
-            for name in SUBJECTS:
-                if name == "transformers-ep" and arguments.ranks == 1:
-                    say("transformers-ep: left out, it needs 2 ranks")
-                    continue
+            for name, ranks in layout.items():
                 say(f"loading {name} ...")
-                threads = max(1, cores // layout[name])
-                subjects.append(Subject(name, "train_ranks", layout[name], threads, [folder, threads, *options]))
+                threads = max(1, cores // ranks)
+                subjects.append(Subject(name, "train_ranks", ranks, threads, [folder, threads, *options]))
             for number in range(arguments.rounds + 1):
                 for subject in subjects:
                     seconds = subject.run()
@@ -95,6 +97,18 @@ def check(arguments: argparse.Namespace, shape: dict[str, Any]) -> None:
         raise ConfigError(
             f"bench train: transformers-ep needs experts that divide evenly: --ranks {arguments.ranks} does not "
             f"divide {shape['n_routed_experts']}"
+        )
+
+
+def check_memory(folder: Path, layout: dict[str, int]) -> None:
+    """Raises ConfigError where the subjects do not fit: weights and two moments of each, gradients of one at a time,
+    and about 1 GiB in every process."""
+    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 2**30
+    needed, free = weights * (3 * len(layout) + 1) + sum(layout.values()), free_gib()
+    if free is not None and needed > free:
+        raise ConfigError(
+            f"bench train: {', '.join(layout)} need about {needed:.0f} GiB together and {free:.0f} are free; "
+            "name fewer --peers, or fewer --layers"
         )
 
 
