@@ -212,7 +212,7 @@ class SharedMemoryTransport(InHalves):
         bounds = [len(flat) * rank // self.size for rank in range(self.size + 1)]
         counts = [end - begin for begin, end in zip(bounds, bounds[1:], strict=False)]
         mine = counts[self.rank]
-        parts = flat.new_empty((self.size, mine)).unbind(0)
+        parts = pool.empty((self.size, mine), flat.dtype).unbind(0)
         outgoing, incoming = [byte_view(part) for part in flat.split(counts)], [byte_view(part) for part in parts]
         self._exchange_all(outgoing, incoming, phase, lambda: describe_counts(counts, [mine] * self.size))
         reduced = byte_view(reduce_in_rank_order(parts, op))

@@ -177,16 +177,24 @@ def deadline(seconds: float) -> timedelta:
 _COMBINE: dict[str, Callable[..., torch.Tensor]] = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
 
 
+_CACHED = 1 << 16  # elements
+
+
 def reduce_in_rank_order(parts: Sequence[torch.Tensor], op: str) -> torch.Tensor:
     """A new tensor: parts[0] op parts[1] op ..., in this order; 16-bit floats are accumulated in float32."""
     if op not in _COMBINE:
         raise ConfigError(f"all_reduce: op must be one of {', '.join(_COMBINE)}, got {op!r}")
     dtype = parts[0].dtype
     wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-    total = parts[0].to(wide, copy=True)
-    for part in parts[1:]:
-        _COMBINE[op](total, part.to(wide), out=total)
-    return total.to(dtype)
+    out = torch.empty_like(parts[0], memory_format=torch.contiguous_format)
+    # Piece by piece on CPUs: what is wide stays in the cache.
+    size = _CACHED if out.device.type == "cpu" else max(1, out.numel())
+    for piece, *pieces in zip(*(part.reshape(-1).split(size) for part in (out, *parts)), strict=True):
+        total = pieces[0].to(wide, copy=True)
+        for other in pieces[1:]:
+            _COMBINE[op](total, other.to(wide), out=total)
+        piece.copy_(total)
+    return out
 
 
 def byte_view(tensor: torch.Tensor) -> np.ndarray:

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from ..core import native
 from ..core.tensors import byte_rows
@@ -76,6 +77,10 @@ def needs_gradient(module: torch.nn.Module, rows: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and (rows.requires_grad or any(p.requires_grad for p in module.parameters()))
 
 
+def _slot_of_pair(rows_per_slot: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.arange(len(rows_per_slot)).repeat(rows_per_slot))
+
+
 def _projections(module: torch.nn.Module) -> tuple[str, str]:
     return "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
 
@@ -86,55 +91,86 @@ def _projections(module: torch.nn.Module) -> tuple[str, str]:
 def _differentiable(
     module: torch.nn.Module, rows_NH: torch.Tensor, row_index_M: torch.Tensor, rows_per_slot: np.ndarray
 ) -> torch.Tensor:
-    counts = rows_per_slot.tolist()
-    pairs = rows_NH.index_select(0, row_index_M)
-    weights = {name: _per_slot(module, name, rows_NH.dtype) for name in _projections(module)}
-    outputs = [
-        _one_slot(module, x, slot, lambda x, name, slot: _linear(module, x, weights[name](slot)))
-        for slot, x in enumerate(pairs.split(counts))
-        if counts[slot]
-    ]
-    if outputs:
-        return torch.cat(outputs)
-    # No row for any slot: still a function of the parameters, so that backward reaches the exchange on every rank.
-    touched = sum((p.reshape(-1)[:0].float().sum() for p in module.parameters()), pairs.new_zeros(()))
-    return pairs + touched.to(pairs.dtype)
-
-
-def _many_rows(module: torch.nn.Module, x: torch.Tensor, slot: int) -> torch.Tensor:
-    def product(x: torch.Tensor, name: str, slot: int) -> torch.Tensor:
-        scale = getattr(module, f"{name}_scale_inv", None)
-        weight = getattr(module, name)[slot]
-        if scale is None:
-            return _linear(module, x, weight)
-        return _linear_in_blocks(x, weight, scale[slot], module.is_transposed)
-
-    return _one_slot(module, x, slot, product)
-
-
-def _one_slot(
-    module: torch.nn.Module, x: torch.Tensor, slot: int, product: Callable[[torch.Tensor, str, int], torch.Tensor]
-) -> torch.Tensor:
+    pairs = x = rows_NH.index_select(0, row_index_M)
+    if not len(pairs):
+        # No row for any slot: still a function of the parameters, so that backward reaches the exchange on every rank.
+        touched = sum((p.reshape(-1)[:0].float().sum() for p in module.parameters()), pairs.new_zeros(()))
+        return pairs + touched.to(pairs.dtype)
+    slot_of_pair = _slot_of_pair(rows_per_slot).to(x.device) if module.has_bias else None
     for name in _projections(module):
-        x = product(x, name, slot)
+        x = _differentiable_product(module, name, x, rows_per_slot.tolist())
         if module.has_bias:
-            x = x + getattr(module, f"{name}_bias")[slot]
+            x = x + getattr(module, f"{name}_bias").index_select(0, slot_of_pair)
         if name != "down_proj":
             x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
     return module.post_expert_norm(x) if module.has_post_expert_norm else x
 
 
-def _per_slot(module: torch.nn.Module, name: str, dtype: torch.dtype) -> Callable[[int], torch.Tensor]:
-    """A function from slot to that slot's weight in `dtype`; weights in blocks are dequantised one expert at a time."""
-    weight = getattr(module, name)
-    scale = getattr(module, f"{name}_scale_inv", None)
+def _differentiable_product(module: torch.nn.Module, name: str, x: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """Rows grouped by slot times their slot's weight; weights in blocks are dequantised one expert at a time."""
+    weight, scale = getattr(module, name), getattr(module, f"{name}_scale_inv", None)
     if scale is not None:
-        return lambda slot: dequantize_blocks(weight[slot], scale[slot], dtype)
-    if torch.is_grad_enabled() and weight.requires_grad:
-        # One unbind: its backward writes the gradient once. Indexing slot by slot would build a zero tensor of the
-        # size of all experts for each of them.
-        return weight.unbind(0).__getitem__
-    return weight.__getitem__
+        weights = (dequantize_blocks(weight[slot], scale[slot], x.dtype) for slot, rows in enumerate(counts) if rows)
+        parts = [part for part in x.split(counts) if len(part)]
+        return torch.cat([_linear(module, part, w) for part, w in zip(parts, weights, strict=True)])
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    return _SlotProducts.apply(x, weight, counts, module.is_transposed)
+
+
+class _SlotProducts(torch.autograd.Function):
+    """Rows [M, K] grouped by slot times weight [S, N, K] ([S, K, N] when transposed) -> [M, N].
+
+    Products and gradients of all slots are written where they belong: autograd would make one of each, then copy all of
+    them into one tensor.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, counts, is_transposed):
+        ctx.save_for_backward(x, weight)
+        ctx.counts, ctx.is_transposed = counts, is_transposed
+        out = x.new_empty(x.shape[0], weight.shape[2 if is_transposed else 1])
+        for part, w, y in zip(x.split(counts), weight, out.split(counts), strict=True):
+            if len(part):
+                torch.mm(part, w if is_transposed else w.t(), out=y)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        begin = 0
+        for slot, count in enumerate(ctx.counts):
+            rows = slice(begin, begin := begin + count)
+            if grad_x is not None and count:
+                w = weight[slot]
+                torch.mm(grad[rows], w.t() if ctx.is_transposed else w, out=grad_x[rows])
+            if grad_weight is None:
+                continue
+            if not count:
+                grad_weight[slot].zero_()
+                continue
+            left, right = (x, grad) if ctx.is_transposed else (grad, x)
+            torch.mm(left[rows].t(), right[rows], out=grad_weight[slot])
+        return grad_x, grad_weight, None, None
+
+
+def _many_rows(module: torch.nn.Module, x: torch.Tensor, slot: int) -> torch.Tensor:
+    """All of one slot's rows, without gradients."""
+    for name in _projections(module):
+        scale, weight = getattr(module, f"{name}_scale_inv", None), getattr(module, name)[slot]
+        if scale is None:
+            x = _linear(module, x, weight)
+        else:
+            x = _linear_in_blocks(x, weight, scale[slot], module.is_transposed)
+        if module.has_bias:
+            x = x + getattr(module, f"{name}_bias")[slot]
+        if name != "down_proj":
+            x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
+    return module.post_expert_norm(x) if module.has_post_expert_norm else x
 
 
 def _linear(module: torch.nn.Module, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -202,7 +238,7 @@ def _few_rows(
 ) -> torch.Tensor:
     """One product, one activation and one product for the pairs of all slots together."""
     x, row_index = rows_NH, row_index_M
-    slot_of_pair = torch.from_numpy(np.arange(len(rows_per_slot)).repeat(rows_per_slot)) if module.has_bias else None
+    slot_of_pair = _slot_of_pair(rows_per_slot) if module.has_bias else None
     for name in _projections(module):
         scale = getattr(module, f"{name}_scale_inv", None)
         x = _few_rows_product(x, row_index, getattr(module, name), scale, rows_per_slot)

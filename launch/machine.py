@@ -47,3 +47,12 @@ def resident_bytes(peak: bool = False) -> int:
         if line.startswith(field):
             return int(line.split()[1]) * 1024
     raise MoeRuntimeError(f"{status} has no {field[:-1]}; resident memory is known on Linux only")
+
+
+def free_gib() -> float | None:
+    """Host memory that new processes can have, in GiB; None where the system does not say."""
+    info = Path("/proc/meminfo")
+    for line in info.read_text().splitlines() if info.is_file() else ():
+        if line.startswith("MemAvailable:"):
+            return round(int(line.split()[1]) / (1 << 20), 1)
+    return None

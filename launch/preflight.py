@@ -20,6 +20,7 @@ from typing import Any
 
 from .. import __version__
 from ..core.cluster import Node
+from .machine import free_gib
 
 _SIOCGIFADDR = 0x8915  # linux/sockios.h
 _PACKAGES = ("torch", "transformers")
@@ -34,7 +35,7 @@ def look(address: str, interface: str | None, vendor: str, devices: int, files: 
         "interface": interface or interface_of(address) or "",
         "vendor": vendor,
         "devices": devices,
-        "free_gib": _free_gib(),
+        "free_gib": free_gib(),
         "python": platform.python_version(),
         "moe_runtime": __version__,
         **{package: _version(package) for package in _PACKAGES},
@@ -182,11 +183,3 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return ""
-
-
-def _free_gib() -> float | None:
-    info = Path("/proc/meminfo")
-    for line in info.read_text().splitlines() if info.is_file() else ():
-        if line.startswith("MemAvailable:"):
-            return round(int(line.split()[1]) / (1 << 20), 1)
-    return None

@@ -12,6 +12,7 @@ from .comm.transport import Transport
 from .layer import ExpertParallel
 
 BUCKET_BYTES = 64 << 20
+_CACHED = 1 << 16  # elements: their float64 copy stays in the cache
 
 
 def split_parameters(model: torch.nn.Module) -> tuple[list[torch.nn.Parameter], dict[ExpertParallel, list]]:
@@ -48,7 +49,8 @@ def clip_grad_norm(model: torch.nn.Module, transport: Transport, max_norm: float
     for layer, parameters in experts.items():
         first = _first_replicas(layer)
         for parameter in parameters:
-            square += _square_sum(gradient_of(parameter)[first])
+            gradient = gradient_of(parameter)
+            square += _square_sum(gradient if len(first) == len(gradient) else gradient[first])
     transport.all_reduce(square, "gradient norm")
     square += sum(_square_sum(gradient_of(p)) for p in dense)
     norm = float(square.sqrt())
@@ -61,9 +63,12 @@ def clip_grad_norm(model: torch.nn.Module, transport: Transport, max_norm: float
 
 
 def _square_sum(gradient: torch.Tensor) -> float:
-    # In float64 where that exists; Biren's devices have none.
-    wide = gradient.double() if gradient.device.type in ("cpu", "cuda") else gradient.float()
-    return float(wide.pow(2).sum())
+    if gradient.device.type != "cpu":
+        # In float64 where that exists; Biren's devices have none.
+        wide = gradient.double() if gradient.device.type == "cuda" else gradient.float()
+        return float(wide.pow(2).sum())
+    parts = (part.double() for part in gradient.reshape(-1).split(_CACHED))
+    return sum(float(part.dot(part)) for part in parts)
 
 
 def gradient_of(parameter: torch.nn.Parameter) -> torch.Tensor:

@@ -11,6 +11,7 @@ from ...core.errors import ConfigError
 BENCHES = {
     "model": "moe_runtime.launch.bench.model",
     "generate": "moe_runtime.launch.bench.generate",
+    "train": "moe_runtime.launch.bench.train",
     "load": "moe_runtime.launch.bench.load",
     "experts": "moe_runtime.launch.bench.experts",
     "dispatch": "moe_runtime.launch.bench.dispatch",
@@ -25,6 +26,7 @@ Measure on this machine, always beside a floor and a peer. WHAT is one of: {", "
 
 examples:
   moe-launch bench model
+  moe-launch bench train --profile
   moe-launch bench load --json
   moe-launch bench dispatch --ranks 2 4 --profile
   moe-launch bench load --help

@@ -9,14 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from ..machine import available_cores, processor_name
-from .processes import Processes
+from .processes import Subject, spread
 from .subjects import SUBJECTS
 
 # 0.76 billion parameters in all, of which 0.70 in routed experts.
@@ -26,21 +25,6 @@ SHAPE = dict(
     topk_group=4, first_k_dense_replace=1, n_shared_experts=1, q_lora_rank=384, kv_lora_rank=256,
     qk_rope_head_dim=32, qk_nope_head_dim=64, v_head_dim=64, eos_token_id=None,
 )  # fmt: skip
-
-
-class Subject(Processes):
-    """One subject, and the slowest rank's seconds of each measurement."""
-
-    def __init__(self, name: str, ranks: int, threads: int, folder: Path, arguments: argparse.Namespace) -> None:
-        sizes = [arguments.sequences, arguments.length, arguments.new_tokens]
-        super().__init__(name, "subjects", ranks, threads, [name, folder, threads, *sizes])
-        self.description, self.seconds = self.ready[0]["ready"], []
-
-    def run(self) -> dict[str, float]:
-        """One measurement."""
-        answers = self.ask("run")
-        self.seconds.append({key: max(answer[key] for answer in answers) for key in answers[0]})
-        return self.seconds[-1]
 
 
 def make_checkpoint(folder: Path, shape: dict[str, Any] = SHAPE) -> None:
@@ -67,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     cores = available_cores()
     layout = {"moe-runtime": arguments.ranks, "transformers": 1, "transformers-ep": arguments.ranks}
+    sizes = [arguments.sequences, arguments.length, arguments.new_tokens]
     subjects: list[Subject] = []
     with tempfile.TemporaryDirectory(prefix="moe-bench-") as scratch:
         folder = Path(scratch) / "model"
@@ -75,7 +60,8 @@ def main(argv: list[str] | None = None) -> int:
         try:
             for name in SUBJECTS:
                 say(f"loading {name} ...")
-                subjects.append(Subject(name, layout[name], max(1, cores // layout[name]), folder, arguments))
+                threads = max(1, cores // layout[name])
+                subjects.append(Subject(name, "subjects", layout[name], threads, [folder, threads, *sizes]))
             for number in range(arguments.rounds):
                 for subject in subjects:
                     seconds = subject.run()
@@ -100,8 +86,8 @@ def make_report(subjects: list[Subject], arguments: argparse.Namespace) -> dict[
             rates = [count / seconds[f"{phase}_s"] for seconds in subject.seconds]
             ours = [count / seconds[f"{phase}_s"] for seconds in subjects[0].seconds]
             row[phase] = {
-                "tokens_per_s": _spread(rates),
-                "ours_over_this": _spread([a / b for a, b in zip(ours, rates, strict=True)]),
+                "tokens_per_s": spread(rates),
+                "ours_over_this": spread([a / b for a, b in zip(ours, rates, strict=True)]),
             }
         rows[subject.name] = row
     return {"machine": machine_line(), "shape": SHAPE, "rounds": arguments.rounds, "tokens": tokens, "subjects": rows}
@@ -110,10 +96,6 @@ def make_report(subjects: list[Subject], arguments: argparse.Namespace) -> dict[
 def machine_line() -> str:
     """The machine that figures are told with."""
     return f"{available_cores()} cores, {processor_name()}, {platform.system()} {platform.machine()}"
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def render(report: dict[str, Any]) -> str:

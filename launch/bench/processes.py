@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -71,3 +72,26 @@ class Processes:
             process.kill()
         for process in self._processes:
             process.wait()
+
+
+class Subject(Processes):
+    """Ranks that are measured beside others: `description`, and of each measurement `answers` and the slowest's
+    `seconds`, whose keys end in _s."""
+
+    def __init__(self, name: str, module: str, ranks: int, threads: int, arguments: Sequence[object]) -> None:
+        super().__init__(name, module, ranks, threads, [name, *arguments])
+        self.description: str = self.ready[0]["ready"]
+        self.answers: list[list[dict[str, Any]]] = []
+        self.seconds: list[dict[str, float]] = []
+
+    def run(self) -> dict[str, float]:
+        """One measurement."""
+        answers = self.ask("run")
+        self.answers.append(answers)
+        self.seconds.append({key: max(a[key] for a in answers) for key in answers[0] if key.endswith("_s")})
+        return self.seconds[-1]
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, least and most."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}

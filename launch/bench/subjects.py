@@ -1,6 +1,7 @@
-"""What `bench model` compares, one process (or rank) each: it loads, then runs one measurement per line on stdin.
+"""What `bench model` and `bench train` compare, one process (or rank) each, and what `bench model` measures on them.
 
-Kept apart from moe_runtime's own path on purpose: the two transformers subjects are what a user would write without us.
+A subject loads, then runs one measurement per line on stdin. The two transformers subjects are kept apart from
+moe_runtime's own path on purpose: they are what a user would write without us.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +19,37 @@ import torch
 SUBJECTS = ("moe-runtime", "transformers", "transformers-ep")
 
 
-def load_moe_runtime(folder: Path) -> tuple[Any, int, int, Callable[[], str]]:
+@dataclass(frozen=True)
+class Loaded:
+    """A subject's model on this rank. runtime: moe-runtime's, None for the others."""
+
+    model: Any
+    describe: Callable[[], str]
+    rank: int = 0
+    size: int = 1
+    runtime: Any = None
+
+    def share(self, whole_BT: torch.Tensor) -> torch.Tensor:
+        """This rank's sequences of all ranks'."""
+        return whole_BT[len(whole_BT) * self.rank // self.size : len(whole_BT) * (self.rank + 1) // self.size]
+
+
+def load_moe_runtime(folder: Path) -> Loaded:
     import moe_runtime
 
     runtime = moe_runtime.init()
     model = runtime.load_model(folder, dtype=torch.bfloat16)
-    return model, runtime.rank, runtime.size, runtime.describe
+    return Loaded(model, runtime.describe, runtime.rank, runtime.size, runtime)
 
 
-def load_transformers(folder: Path) -> tuple[Any, int, int, Callable[[], str]]:
+def load_transformers(folder: Path) -> Loaded:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    return model, 0, 1, lambda: f"transformers, {torch.get_num_threads()} threads"
+    return Loaded(model, lambda: f"transformers, {torch.get_num_threads()} threads")
 
 
-def load_transformers_ep(folder: Path) -> tuple[Any, int, int, Callable[[], str]]:
+def load_transformers_ep(folder: Path) -> Loaded:
     """transformers' own expert parallelism in data-parallel form: dense parameters by FSDP, experts by all-to-all."""
     import torch.distributed as dist
     from transformers import AutoModelForCausalLM
@@ -42,10 +59,15 @@ def load_transformers_ep(folder: Path) -> tuple[Any, int, int, Callable[[], str]
     size = dist.get_world_size()
     layout = DistributedConfig(fsdp_size=size, ep_size=size, ep_implementation="all_to_all")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, distributed_config=layout)
-    return model, dist.get_rank(), size, lambda: f"transformers EP over gloo, {size} ranks"
+    return Loaded(model, lambda: f"transformers EP over gloo, {size} ranks", dist.get_rank(), size)
 
 
 LOADERS = dict(zip(SUBJECTS, (load_moe_runtime, load_transformers, load_transformers_ep), strict=True))
+
+
+def random_tokens(model: Any, sequences: int, length: int) -> torch.Tensor:
+    """ids [sequences, length] int64, the same on every rank of every subject."""
+    return torch.randint(0, model.config.vocab_size, (sequences, length), generator=torch.Generator().manual_seed(1))
 
 
 def measure(model: Any, ids: torch.Tensor, new_tokens: int) -> dict[str, float]:
@@ -65,14 +87,11 @@ def measure(model: Any, ids: torch.Tensor, new_tokens: int) -> dict[str, float]:
 def main() -> int:
     name, folder, threads, sequences, length, new_tokens = sys.argv[1:]
     torch.set_num_threads(int(threads))
-    model, rank, size, describe = LOADERS[name](Path(folder))
-    model.eval()
-    whole = torch.randint(
-        0, model.config.vocab_size, (int(sequences), int(length)), generator=torch.Generator().manual_seed(1)
-    )
-    mine = whole[len(whole) * rank // size : len(whole) * (rank + 1) // size]
+    loaded = LOADERS[name](Path(folder))
+    model = loaded.model.eval()
+    mine = loaded.share(random_tokens(model, int(sequences), int(length)))
     measure(model, mine[:, :16], 2)
-    print(json.dumps({"ready": describe()}), flush=True)
+    print(json.dumps({"ready": loaded.describe()}), flush=True)
     for _ in sys.stdin:
         print(json.dumps(measure(model, mine, int(new_tokens))), flush=True)
     return 0
