@@ -5,9 +5,12 @@ The oracle is transformers' own model and `generate`, one prompt at a time.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import random
+import re
 import signal
 from contextlib import nullcontext
 from pathlib import Path
@@ -262,14 +265,27 @@ def without_logprobs(text: str) -> list[dict]:
     return [{key: value for key, value in json.loads(line).items() if key != "logprobs"} for line in text.splitlines()]
 
 
-@pytest.mark.parametrize(
-    ("ranks", "more"), [(2, []), (3, []), (1, ["--batch-size", "1"]), (2, ["--prefill-chunk", "7"])]
-)
+@pytest.mark.parametrize(("ranks", "more"), [
+    (2, []), (3, []), (1, ["--batch-size", "1"]), (2, ["--prefill-chunk", "7"]), (2, ["--halves", "on"]),
+    (3, ["--halves", "on", "--batch-size", "5"]), (1, ["--halves", "on"]), (3, ["--halves", "off"]),
+])  # fmt: skip
 def test_a_seed_gives_the_same_text_on_any_number_of_ranks_and_in_any_batch(folder, sampled, ranks, more):
     found = answers(folder, f"{ranks}{''.join(more)}", ranks, *SAMPLED, *more)
     assert without_logprobs(found) == without_logprobs(sampled)
     for line, other in zip(found.splitlines(), sampled.splitlines(), strict=True):
         np.testing.assert_allclose(json.loads(line)["logprobs"], json.loads(other)["logprobs"], rtol=1e-4, atol=1e-4)
+
+
+def what_job_says(arguments: list[str]) -> str:
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        job.main(arguments)
+    return said.getvalue()
+
+
+def test_whether_halves_pay_is_measured_and_said(folder):
+    said = [run_ranks(what_job_says, ranks, words(folder, folder / "said.jsonl"))[0] for ranks in (1, 2)]
+    assert "halves: off, rows do not travel" in said[0]
+    assert re.search(r"halves: (on|off), a pass of \d+ tokens a rank takes \d+\.\d ms at once and \d+\.\d ms", said[1])
 
 
 def test_answers_are_in_the_inputs_order_and_of_unequal_length(folder, sampled):

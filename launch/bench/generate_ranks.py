@@ -96,7 +96,7 @@ def moe_runtime_ranks(folder: Path, batch_size: int) -> tuple[Run, Callable[[], 
         if subject == REFILL:
             tokens = Tokens()
             batch = RunningBatch(model, byte_tokenizer(), Settings(batch_size=batch_size))
-            generate(runtime, batch, requests, tokens)
+            generate(runtime, [batch], requests, tokens)
             return tokens.of
 
         def exchange(results: list) -> list[list]:

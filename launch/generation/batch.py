@@ -89,15 +89,23 @@ class RunningBatch:
         ids = self._tokenizer.encode(prompt)
         self._waiting.append(Sequence(number, ids, limit or self.settings.max_new_tokens))
 
+    @property
+    def held(self) -> int:
+        """Sequences that have not ended."""
+        return (
+            len(self._waiting) + len(self._entering.sequences if self._entering else ()) + len(self._running.sequences)
+        )
+
     def run(self, passes: int) -> list[Sequence]:
         """At most this many forward passes, fewer if there is nothing left to do; the sequences that have ended."""
         ended: list[Sequence] = []
-        while passes and (self._waiting or self._entering or self._running.sequences):
-            ended += self._pass()
+        while passes and self.held:
+            ended += self.step()
             passes -= 1
         return ended
 
-    def _pass(self) -> list[Sequence]:
+    def step(self) -> list[Sequence]:
+        """One forward pass; the sequences that have ended with it."""
         if self._entering is None:
             self._entering = self._next_group()
         rows = self._entering or self._running

@@ -71,6 +71,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "prompt tokens in one forward pass of a rank, at most: longer prompts take several passes, short ones "
         "share one (default: 512)",
     },
+    "--halves": {
+        "choices": ("auto", "on", "off"),
+        "default": "auto",
+        "help": "run a rank's sequences in two halves by turns, one computing while the other's rows travel; auto "
+        "measures whether that is faster here (default: auto)",
+    },
     "--dtype": {
         "choices": ("auto", "float32", "bfloat16", "float16"),
         "default": "auto",

@@ -7,19 +7,26 @@ others' expert layers.
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections import deque
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 
 import moe_runtime
 
 from ...comm.wire import all_gather_message
+from ...overlap import TwoHalves
 from .batch import RunningBatch
+from .batch import Sequence as Ended
 from .requests import Request
 
 PASSES = 16  # of a round, at most: few against what a sequence takes, many against the message after them
+
+_TRIES, _PASSES_TRIED = 4, 3
+_WORTH = 0.97  # halves must be that much faster
 
 
 class Results(Protocol):
@@ -30,22 +37,32 @@ class Results(Protocol):
 
 
 def generate(
-    runtime: moe_runtime.Runtime, batch: RunningBatch, requests: Sequence[Request], sink: Results | None
+    runtime: moe_runtime.Runtime, batches: Sequence[RunningBatch], requests: Sequence[Request], sink: Results | None
 ) -> None:
-    """Continue every request and write what comes to `sink` (rank 0's). Every rank calls with the same requests."""
+    """Continue every request and write what comes to `sink` (rank 0's). Every rank calls with the same requests.
+
+    batches: this rank's running batch, or the two halves of it, on every rank alike.
+    """
     queue, held = deque(requests), [0] * runtime.size
     # No longer than a sequence can take: as many as run wait, so few places stay empty for the rest of a round.
-    passes = min(PASSES, batch.settings.max_new_tokens)
+    passes = min(PASSES, batches[0].settings.max_new_tokens)
+    room = 2 * sum(batch.settings.batch_size for batch in batches)
+    halves = TwoHalves(batches[0].model) if len(batches) == 2 else None
     while True:
-        for rank in deal(len(queue), held, 2 * batch.settings.batch_size):
+        for rank in deal(len(queue), held, room):
             request = queue.popleft()
             held[rank] += 1
             if rank == runtime.rank:
+                batch = min(batches, key=lambda batch: batch.held)
                 batch.add(request.number, request.prompt, request.max_new_tokens)
         if not any(held):
-            return
-        with runtime.join(batch.model), torch.inference_mode():
-            ended = batch.run(passes)
+            break
+        with torch.inference_mode():
+            if halves is not None:
+                ended = run_halves(halves, batches, passes)
+            else:
+                with runtime.join(batches[0].model):
+                    ended = batches[0].run(passes)
         mine = [[one.number, one.text, len(one.tokens), one.logprobs] for one in ended]
         for rank, results in enumerate(all_gather_message(runtime.transport, mine, "results")):
             held[rank] -= len(results)
@@ -53,6 +70,71 @@ def generate(
                 sink.take(results)
         if sink is not None:
             sink.write()
+    if halves is not None:
+        halves.close()
+
+
+def run_halves(halves: TwoHalves, batches: Sequence[RunningBatch], passes: int) -> list[Ended]:
+    """RunningBatch.run of both halves, by turns."""
+    ended: list[Ended] = []
+
+    def steps(batch: RunningBatch) -> Callable[[], bool]:
+        left = iter(range(passes))
+
+        def step() -> bool:
+            if not batch.held or next(left, None) is None:
+                return False
+            ended.extend(batch.step())
+            return True
+
+        return step
+
+    halves.run(steps(batches[0]), steps(batches[1]))
+    return ended
+
+
+def halves_pay(runtime: moe_runtime.Runtime, model: Any, tokens: int) -> tuple[bool, str]:
+    """Whether a pass of `tokens` tokens is faster in two halves by turns, and what was measured; every rank alike.
+
+    A few passes of each kind in turns, without a cache; the slowest rank's median counts.
+    """
+    if runtime.size == 1:
+        return False, "halves: off, rows do not travel"
+    whole = torch.ones(tokens, 1, dtype=torch.int64, device=runtime.device)
+    first, second = whole.chunk(2)
+    halves = TwoHalves(model)
+    taken: tuple[list[float], list[float]] = ([], [])
+    with torch.inference_mode():
+        for _ in range(_TRIES):
+            began = time.perf_counter()
+            with runtime.join(model):
+                passes = _passes(model, whole)
+                while passes():
+                    pass
+            between = time.perf_counter()
+            halves.run(_passes(model, first), _passes(model, second))
+            taken[0].append(between - began)
+            taken[1].append(time.perf_counter() - between)
+    halves.close()
+    mine = [statistics.median(seconds[1:]) / _PASSES_TRIED for seconds in taken]
+    said = all_gather_message(runtime.transport, mine, "whether halves pay")
+    at_once, by_turns = (max(seconds[kind] for seconds in said) * 1e3 for kind in (0, 1))
+    pays = by_turns < _WORTH * at_once
+    told = f"a pass of {tokens} tokens a rank takes {at_once:.1f} ms at once and {by_turns:.1f} ms by turns"
+    return pays, f"halves: {'on' if pays else 'off'}, {told}"
+
+
+def _passes(model: Any, ids: torch.Tensor) -> Callable[[], bool]:
+    """A function that makes a forward pass each time, _PASSES_TRIED times."""
+    left = iter(range(_PASSES_TRIED))
+
+    def one() -> bool:
+        if next(left, None) is None:
+            return False
+        model(input_ids=ids, use_cache=False)
+        return True
+
+    return one
 
 
 def deal(waiting: int, held: Sequence[int], room: int) -> list[int]:

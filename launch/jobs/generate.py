@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ from ..generation.batch import RunningBatch, Settings
 from ..generation.output import Sink, take_up
 from ..generation.requests import Request, read_requests
 from ..generation.sampling import Sampling
-from ..generation.serve import generate
+from ..generation.serve import generate, halves_pay
 from ..tokenizers import load_tokenizer
 from ..toml import apply_overrides
 
@@ -51,16 +52,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             expert_dtype=arguments.expert_dtype,
             progress=LoadingProgress(runtime.rank),
         )
-        batch = RunningBatch(model, tokenizer, batch_settings(arguments))
+        batches, halved = make_batches(runtime, model, tokenizer, arguments)
         good = [request for request in requests[done:] if request.error is None]
         if runtime.rank == 0:
-            print(runtime.describe(), *batch.describe(), sep="\n", file=sys.stderr)
+            print(runtime.describe(), *batches[0].describe(), halved, sep="\n", file=sys.stderr)
             if not any(request.error is None for request in requests):
                 print("no prompt can be read", file=sys.stderr)
         if sink is not None:
             sink.start()
         with runtime.record(model, arguments.record) if arguments.record else nullcontext():
-            generate(runtime, batch, good, sink)
+            generate(runtime, batches, good, sink)
         if sink is not None:
             sink.close()
         # Rank 0 alone reports bad lines: a rank that ends first with an error would have the others stopped.
@@ -92,10 +93,27 @@ def open_output(
     return sink, said[0][1]
 
 
-def batch_settings(arguments: argparse.Namespace) -> Settings:
+def make_batches(
+    runtime: moe_runtime.Runtime, model: Any, tokenizer: Any, arguments: argparse.Namespace
+) -> tuple[list[RunningBatch], str]:
+    """This rank's running batch, or two halves of it where that is asked for or pays; and that in words."""
+    if arguments.halves == "auto" and runtime.config.rebalance == "auto":
+        on, told = False, "halves: off, experts may move while the model runs"
+    elif arguments.halves == "auto" and arguments.batch_size > 1:
+        on, told = halves_pay(runtime, model, arguments.batch_size)
+    else:
+        on = arguments.halves == "on" and arguments.batch_size > 1
+        told = f"halves: {'on' if on else 'off'}"
+    sizes = (
+        [arguments.batch_size - arguments.batch_size // 2, arguments.batch_size // 2] if on else [arguments.batch_size]
+    )
+    return [RunningBatch(model, tokenizer, batch_settings(arguments, size)) for size in sizes], told
+
+
+def batch_settings(arguments: argparse.Namespace, batch_size: int) -> Settings:
     return Settings(
         max_new_tokens=arguments.max_new_tokens,
-        batch_size=arguments.batch_size,
+        batch_size=batch_size,
         prefill_chunk=arguments.prefill_chunk,
         sampling=Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed),
         stop=tuple(arguments.stop),
