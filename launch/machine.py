@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import socket
@@ -56,3 +57,10 @@ def free_gib() -> float | None:
         if line.startswith("MemAvailable:"):
             return round(int(line.split()[1]) / (1 << 20), 1)
     return None
+
+
+def trim_memory() -> None:
+    """Have the C library give freed memory back to the system, where it can (glibc, see malloc_trim(3))."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

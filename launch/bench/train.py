@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace, shape: dict[str, Any]) -> dict[str, Any]:
         folder = Path(scratch) / "model"
         say("writing a random checkpoint ...")
         make_checkpoint(folder, shape)
-        check_memory(folder, layout)
+        check_memory(folder, layout, arguments)
         try:
             for name, ranks in layout.items():
                 say(f"loading {name} ...")
@@ -100,11 +100,13 @@ def check(arguments: argparse.Namespace, shape: dict[str, Any]) -> None:
         )
 
 
-def check_memory(folder: Path, layout: dict[str, int]) -> None:
-    """Raises ConfigError where the subjects do not fit: weights and two moments of each, gradients of one at a time,
-    and about 1 GiB in every process."""
+def check_memory(folder: Path, layout: dict[str, int], arguments: argparse.Namespace) -> None:
+    """Raises ConfigError where the subjects do not fit: weights and two moments of each, gradients and activations of
+    one at a time, and about 1 GiB in every process."""
     weights = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 2**30
-    needed, free = weights * (3 * len(layout) + 1) + sum(layout.values()), free_gib()
+    activations = arguments.sequences * arguments.length * arguments.layers / 4096  # in GiB, as measured with SHAPE
+    needed = weights * (3 * len(layout) + 1) + activations + sum(layout.values())
+    free = free_gib()
     if free is not None and needed > free:
         raise ConfigError(
             f"bench train: {', '.join(layout)} need about {needed:.0f} GiB together and {free:.0f} are free; "

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ...core.spans import spans
-from ..machine import reset_peak_memory, resident_bytes
+from ..machine import reset_peak_memory, resident_bytes, trim_memory
 from ..training.log import watch_attention
 from .subjects import LOADERS, Loaded, random_tokens
 
@@ -55,11 +55,14 @@ class Trainee:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         marks.append(time.perf_counter())
+        told = float(loss.detach())
         taken = {f"{part}_s": end - begin for part, begin, end in zip(PARTS, marks[:-1], marks[1:], strict=True)}
+        del loss
+        trim_memory()  # for the subject whose turn is next
         return {
             **taken,
             "step_s": marks[-1] - marks[0],
-            "loss": float(loss.detach()),
+            "loss": told,
             "norm": norm,
             "peak_bytes": resident_bytes(peak=True),
             "spans": spans.take(),
