@@ -8,6 +8,7 @@ bench: it would be computing something else.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -42,7 +43,8 @@ def main(argv: list[str] | None = None, shape: dict[str, Any] = SHAPE) -> int:
     parser.add_argument("--profile", action="store_true", help="also where moe-runtime's time goes")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     arguments = parser.parse_args(argv)
-    report = run(arguments, {**shape, "num_hidden_layers": arguments.layers})
+    with contextlib.redirect_stdout(sys.stderr):  # transformers imports DeepSpeed where it is there, and that prints
+        report = run(arguments, {**shape, "num_hidden_layers": arguments.layers})
     print(json.dumps(report) if arguments.json else render(report))
     return 0
 
