@@ -25,7 +25,7 @@ from .requests import Request
 
 PASSES = 16  # of a round, at most: few against what a sequence takes, many against the message after them
 
-_TRIES, _PASSES_TRIED = 4, 3
+_TRIES, _PASSES_TRIED = 4, 2
 _WORTH = 0.97  # halves must be that much faster
 
 
@@ -93,14 +93,31 @@ def run_halves(halves: TwoHalves, batches: Sequence[RunningBatch], passes: int) 
     return ended
 
 
-def halves_pay(runtime: moe_runtime.Runtime, model: Any, tokens: int) -> tuple[bool, str]:
-    """Whether a pass of `tokens` tokens is faster in two halves by turns, and what was measured; every rank alike.
+def halves_pay(
+    runtime: moe_runtime.Runtime, model: Any, batch_size: int, prompt: int, chunk: int, new: int
+) -> tuple[bool, str]:
+    """Whether sequences of `prompt` + `new` tokens come faster in two halves by turns, and why; every rank alike.
 
-    A few passes of each kind in turns, without a cache; the slowest rank's median counts.
+    Measured: a pass as in decoding (batch_size tokens) and one as in prefill (chunk tokens at most), without a cache.
     """
     if runtime.size == 1:
         return False, "halves: off, rows do not travel"
-    whole = torch.ones(tokens, 1, dtype=torch.int64, device=runtime.device)
+    length = max(1, min(prompt, chunk // 2))
+    shapes = {"decode": (batch_size, 1), "prefill": (2, length)}
+    found = {name: _measure(runtime, model, *shape) for name, shape in shapes.items()}
+    passes = {"decode": new / batch_size, "prefill": prompt / (2 * length)}  # of one sequence
+    at_once, by_turns = (sum(passes[name] * found[name][kind] for name in found) for kind in (0, 1))
+    pays = by_turns < _WORTH * at_once
+    told = ", ".join(
+        f"{name} pass of {rows * columns} tokens {at_once * 1e3:.1f} ms at once and {by_turns * 1e3:.1f} ms"
+        for (name, (rows, columns)), (at_once, by_turns) in zip(shapes.items(), found.values(), strict=True)
+    )
+    return pays, f"halves: {'on' if pays else 'off'}, measured by turns: {told}"
+
+
+def _measure(runtime: moe_runtime.Runtime, model: Any, rows: int, columns: int) -> tuple[float, float]:
+    """Seconds of a pass of ids [rows, columns] at once, and in halves by turns: the slowest rank's medians."""
+    whole = torch.ones(rows, columns, dtype=torch.int64, device=runtime.device)
     first, second = whole.chunk(2)
     halves = TwoHalves(model)
     taken: tuple[list[float], list[float]] = ([], [])
@@ -118,10 +135,7 @@ def halves_pay(runtime: moe_runtime.Runtime, model: Any, tokens: int) -> tuple[b
     halves.close()
     mine = [statistics.median(seconds[1:]) / _PASSES_TRIED for seconds in taken]
     said = all_gather_message(runtime.transport, mine, "whether halves pay")
-    at_once, by_turns = (max(seconds[kind] for seconds in said) * 1e3 for kind in (0, 1))
-    pays = by_turns < _WORTH * at_once
-    told = f"a pass of {tokens} tokens a rank takes {at_once:.1f} ms at once and {by_turns:.1f} ms by turns"
-    return pays, f"halves: {'on' if pays else 'off'}, {told}"
+    return max(seconds[0] for seconds in said), max(seconds[1] for seconds in said)
 
 
 def _passes(model: Any, ids: torch.Tensor) -> Callable[[], bool]:

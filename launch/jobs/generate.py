@@ -31,6 +31,7 @@ from ..tokenizers import load_tokenizer
 from ..toml import apply_overrides
 
 EXIT_SOME_INPUT_BAD = 2
+_LOOKED_AT = 64  # prompts whose lengths tell what the others are like
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             expert_dtype=arguments.expert_dtype,
             progress=LoadingProgress(runtime.rank),
         )
-        batches, halved = make_batches(runtime, model, tokenizer, arguments)
         good = [request for request in requests[done:] if request.error is None]
+        batches, halved = make_batches(runtime, model, tokenizer, good, arguments)
         if runtime.rank == 0:
             print(runtime.describe(), *batches[0].describe(), halved, sep="\n", file=sys.stderr)
             if not any(request.error is None for request in requests):
@@ -94,13 +95,16 @@ def open_output(
 
 
 def make_batches(
-    runtime: moe_runtime.Runtime, model: Any, tokenizer: Any, arguments: argparse.Namespace
+    runtime: moe_runtime.Runtime, model: Any, tokenizer: Any, requests: list[Request], arguments: argparse.Namespace
 ) -> tuple[list[RunningBatch], str]:
     """This rank's running batch, or two halves of it where that is asked for or pays; and that in words."""
     if arguments.halves == "auto" and runtime.config.rebalance == "auto":
         on, told = False, "halves: off, experts may move while the model runs"
-    elif arguments.halves == "auto" and arguments.batch_size > 1:
-        on, told = halves_pay(runtime, model, arguments.batch_size)
+    elif arguments.halves == "auto" and arguments.batch_size > 1 and requests:
+        some = [len(tokenizer.encode(request.prompt)) for request in requests[:_LOOKED_AT]]
+        prompt = max(1, sum(some) // len(some))
+        sizes = (arguments.batch_size, prompt, arguments.prefill_chunk, arguments.max_new_tokens)
+        on, told = halves_pay(runtime, model, *sizes)
     else:
         on = arguments.halves == "on" and arguments.batch_size > 1
         told = f"halves: {'on' if on else 'off'}"
