@@ -1,7 +1,7 @@
 """Whether two halves by turns pay over a slow network: `python tests/halves_over_tcp.py --mbit 300`. Needs root.
 
-Two hosts made of network namespaces, one rank of one thread each, links shaped by tbf; `moe-launch generate` of the same
-prompts with --halves off and auto, in turns. docs/generating.md has the figures.
+Two hosts made of network namespaces, one rank of one thread each, links shaped by tbf; `moe-launch generate` of the
+same prompts with --halves off and auto, in turns. docs/generating.md has the figures.
 """
 
 from __future__ import annotations
