@@ -11,7 +11,7 @@ module's own activation, so they serve every family that uses the interface.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from ..core import native
+from ..core.memory import pool
 from ..core.tensors import byte_rows
 from .blocks import BLOCK, LARGEST, dequantize_blocks
 
@@ -130,7 +131,7 @@ class _SlotProducts(torch.autograd.Function):
     def forward(ctx, x, weight, counts, is_transposed):
         ctx.save_for_backward(x, weight)
         ctx.counts, ctx.is_transposed = counts, is_transposed
-        out = x.new_empty(x.shape[0], weight.shape[2 if is_transposed else 1])
+        out = _empty((x.shape[0], weight.shape[2 if is_transposed else 1]), x)
         for part, w, y in zip(x.split(counts), weight, out.split(counts), strict=True):
             if len(part):
                 torch.mm(part, w if is_transposed else w.t(), out=y)
@@ -140,8 +141,8 @@ class _SlotProducts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        grad_x = _empty(x.shape, x) if ctx.needs_input_grad[0] else None
+        grad_weight = _empty(weight.shape, weight) if ctx.needs_input_grad[1] else None
         begin = 0
         for slot, count in enumerate(ctx.counts):
             rows = slice(begin, begin := begin + count)
@@ -156,6 +157,11 @@ class _SlotProducts(torch.autograd.Function):
             left, right = (x, grad) if ctx.is_transposed else (grad, x)
             torch.mm(left[rows].t(), right[rows], out=grad_weight[slot])
         return grad_x, grad_weight, None, None
+
+
+def _empty(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    """As `like`, but of this shape: on CPUs from memory that is used again, without page faults."""
+    return pool.empty(shape, like.dtype) if like.is_cpu else like.new_empty(shape)
 
 
 def _many_rows(module: torch.nn.Module, x: torch.Tensor, slot: int) -> torch.Tensor:

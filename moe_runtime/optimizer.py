@@ -32,8 +32,9 @@ class MasterAdamW(torch.optim.AdamW):
         for parameter in halves:
             if not self.state[parameter]:
                 wide = parameter.detach().float()
+                on_device = group["fused"] or group["capturable"]
                 self.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32),
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu"),
                     "exp_avg": torch.zeros_like(wide),
                     "exp_avg_sq": torch.zeros_like(wide),
                     "master": wide,

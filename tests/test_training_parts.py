@@ -50,13 +50,15 @@ def test_float32_parameters_take_torchs_own_steps():
     assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_parameters_are_the_rounded_masters_of_a_float32_run(dtype):
+def test_half_precision_parameters_are_the_rounded_masters_of_a_float32_run(dtype, fused):
     """Steps far below half precision's resolution of the weight are not lost."""
     wide = torch.nn.Parameter(torch.ones(64))
     half = torch.nn.Parameter(torch.ones(64, dtype=dtype))
     accumulate_in_float32([half])
-    optimizers = [torch.optim.AdamW([wide], lr=1e-4, weight_decay=0.0), MasterAdamW([half], lr=1e-4, weight_decay=0.0)]
+    settings = {"lr": 1e-4, "weight_decay": 0.0, "fused": fused}
+    optimizers = [torch.optim.AdamW([wide], **settings), MasterAdamW([half], **settings)]
     for _ in range(100):
         wide.grad = torch.linspace(0.5, 1.5, 64)
         half.grad = torch.linspace(0.5, 1.5, 64)

@@ -136,6 +136,7 @@ class Trainer:
             lr=config.learning_rate,
             betas=(0.9, 0.95),
             weight_decay=config.weight_decay,
+            fused=runtime.device.type in ("cpu", "cuda"),  # one pass over the state; others may not have it
         )
         watch_attention(self.model)
         self.balance = RouterBalance(self.model, runtime.transport, config.balance)

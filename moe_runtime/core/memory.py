@@ -20,7 +20,7 @@ import torch
 
 SMALL_BYTES = 1 << 20  # up to here the C library keeps freed memory itself
 _STEP = 1 << 21  # a huge page: where the kernel has them, one fault instead of 512
-_KEPT_FOR = 64  # a block that as many requests had no use for goes back to the kernel
+_KEPT_FOR = 512  # a block that as many requests had no use for goes back to the kernel
 
 
 @dataclass(slots=True, eq=False)
