@@ -25,8 +25,8 @@ from .shape import EXPERT_BYTES, ModelShape, read_shape, shape_of
 from .steps import PROMPT_TOKENS, Step, Work, buffers, predict
 
 _LEFT_OUT = (
-    "left out: attention's products with keys and values, activations of the dense part, all that is neither bytes nor "
-    "multiply-adds; nothing overlaps"
+    "a floor (docs/planning.md has measured steps beside it): left out are attention's products with keys and values, "
+    "activations of the dense part, all that is neither bytes nor multiply-adds; nothing overlaps"
 )
 
 
