@@ -6,7 +6,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..core.errors import VendorUnavailable
+from ..core.cluster import Cluster
+from ..core.config import RuntimeConfig
+from ..core.environment import WorldEnvironment
+from ..core.errors import ConfigError, VendorUnavailable
 from .detect import Detection, detect
 from .vendors import VENDORS, Vendor
 
@@ -95,3 +98,27 @@ def _backend(found: Detection) -> str:
     names = VENDORS[found.vendor].backend.values
     known = [name for name in names if torch.distributed.is_backend_available(name)]
     return known[0] if known else names[0]
+
+
+def place_of_rank(config: RuntimeConfig, cluster: Cluster | None, world: WorldEnvironment) -> tuple[Place, list[str]]:
+    """find_place of the rank that this process is, as settings and cluster file have it."""
+    if cluster is None:
+        return find_place(config.device, index=world.local_rank, deadline_s=config.timeout_s)
+    node = cluster.rank_nodes()[world.rank]
+    try:
+        return find_place(
+            config.device, node.vendor, node.emulate, cluster.index_in_node(world.rank), node.island, config.timeout_s
+        )
+    except (ConfigError, VendorUnavailable) as error:
+        named = not node.emulate and node.vendor != "auto"
+        advice = f'; to have CPU ranks emulate one, set emulate = "{node.vendor}"' if named else ""
+        raise type(error)(f"node {node.name}: {error}{advice}") from error
+
+
+def may_differ(cluster: Cluster | None) -> bool:
+    """Whether ranks may be of several islands: as the cluster file says, or as hosts may find out for themselves."""
+    if cluster is None:
+        return False
+    labels = {(node.emulate, node.vendor, node.island) for node in cluster.nodes}
+    detected_apart = len({node.host for node in cluster.nodes if node.vendor == "auto" and not node.emulate}) > 1
+    return len(labels) > 1 or detected_apart

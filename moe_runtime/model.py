@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .checkpoint import form_of_quantization
 from .comm.dispatch import Dispatcher
-from .core.errors import ConfigError
+from .core.errors import CheckpointError, ConfigError
 from .core.placement import Placement
 from .experts.compute import expert_parameters
 from .experts.routing import ReplicaChooser
@@ -69,6 +72,21 @@ def expert_parallel_model_class(base: type) -> type:
 
     namespace = {"__module__": base.__module__, "__doc__": base.__doc__, "forward": forward, "generate": generate}
     return type(base.__name__, (ExpertParallelModel, base), namespace)
+
+
+def read_config(path: Path) -> PretrainedConfig:
+    """A checkpoint's config.json, without its quantization_config once we know we can read that format.
+
+    Raises CheckpointError for one that cannot be read.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        said = " ".join(str(error).split("\n\n")[0].split())  # the first paragraph, in one line
+        raise CheckpointError(f"{path / 'config.json'}: transformers cannot read it ({said})") from error
+    if form_of_quantization(getattr(config, "quantization_config", None), path / "config.json"):
+        del config.quantization_config
+    return config
 
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

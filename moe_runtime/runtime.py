@@ -13,21 +13,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from . import expert_dtypes, gradients, loading, overlap, saving
-from .checkpoint import CheckpointReader, form_of_quantization
+from .checkpoint import CheckpointReader
 from .comm import cuda, formats, staging
 from .comm.dispatch import IDLE, Dispatcher
 from .comm.nodes import NodeDispatcher
-from .comm.place import Place, find_place
+from .comm.place import may_differ, place_of_rank
 from .comm.rendezvous import connect
 from .comm.wire import all_gather_message
 from .core import environment, native
 from .core.cluster import Cluster, load_cluster
 from .core.config import RuntimeConfig
-from .core.errors import CheckpointError, ConfigError, VendorUnavailable
+from .core.errors import CheckpointError, ConfigError
 from .core.memory import pool
 from .core.placement import Placement
 from .expert_dispatcher import ExpertDispatcher, describe_choice, make_chooser
@@ -35,7 +34,7 @@ from .experts import compute, dense
 from .experts.placement import load_plan, proportional
 from .experts.routing import ReplicaChooser
 from .layer import experts_modules
-from .model import empty_model, expert_layers, shard_experts
+from .model import empty_model, expert_layers, read_config, shard_experts
 from .pays import Pays
 from .rebalance import Policy, Rebalancer
 from .recorder import Recorder
@@ -73,8 +72,8 @@ class Runtime:
             )
         self.world = world
         about = {"moe_runtime": PROTOCOL, "cluster": self._cluster.digest() if self._cluster else 0}
-        self.place, self._notes = _find_place(config, self._cluster, world)
-        transport = "islands" if config.transport == "auto" and _may_differ(self._cluster) else config.transport
+        self.place, self._notes = place_of_rank(config, self._cluster, world)
+        transport = "islands" if config.transport == "auto" and may_differ(self._cluster) else config.transport
         self.transport = connect(world, config.timeout_s, transport, about, self.place, config.bridge)
         atexit.register(self.transport.close)  # for scripts that end without close()
         self.rank, self.size = self.transport.rank, self.transport.size
@@ -119,15 +118,15 @@ class Runtime:
         Raises CheckpointError (missing or unreadable files, missing or misshapen tensors) and ConfigError (no experts
         to shard, more ranks than experts, an expert_dtype that cannot be).
         """
-        with self._same_outcome("open checkpoint"):
+        with self.same_outcome("open checkpoint"):
             reader = CheckpointReader(path)
-            config = _read_config(Path(path))
+            config = read_config(Path(path))
             dtype = dtype or config.dtype or torch.float32
             model = empty_model(config, dtype)
         with reader:
             self._shard(model, placement)
             held = self._choose_expert_dtype(model, reader, dtype, expert_dtype, keep_fp8)
-            with self._same_outcome("load"):
+            with self.same_outcome("load"):
                 unexpected = loading.fill_from_checkpoint(
                     model, reader, dtype, self.device, self.rank, expert_form=held.form, progress=progress
                 )
@@ -142,7 +141,7 @@ class Runtime:
         self, model: PreTrainedModel, reader: CheckpointReader, dtype: torch.dtype, asked: str | None, keep_fp8: bool
     ) -> expert_dtypes.Choice:
         node = self._cluster.rank_nodes()[self.rank] if self._cluster else None
-        with self._same_outcome("choose expert_dtype"):
+        with self.same_outcome("choose expert_dtype"):
             stored, sizes = expert_dtypes.stored_form(reader), expert_dtypes.sizes_of(model, dtype)
             choice = expert_dtypes.choose(asked, keep_fp8, node, stored, dtype, self._claims[self.rank], sizes)
         expert_dtypes.settle(model, self.transport, choice, self.config)
@@ -176,7 +175,7 @@ class Runtime:
         saving.save_checkpoint(model, Path(path), self.transport, tokenizer, max_shard_bytes)
 
     @contextmanager
-    def _same_outcome(self, phase: str) -> Iterator[None]:
+    def same_outcome(self, phase: str) -> Iterator[None]:
         """What one rank finds wrong ends the phase on every rank: nobody is left waiting for one that gave up."""
         failure: CheckpointError | ConfigError | None = None
         try:
@@ -222,7 +221,7 @@ class Runtime:
     def _read_placement(self, placement: Placement | str | Path) -> Placement:
         if isinstance(placement, Placement):
             return placement
-        with self._same_outcome("read placement"):
+        with self.same_outcome("read placement"):
             return load_plan(placement)
 
     def _emulated_slowdown(self) -> float:
@@ -421,7 +420,7 @@ class Runtime:
         Writes a load trace (.npz, [passes, L, E] of all ranks), or with `routing` every token's choices
         (experts/traces.py); what `plan` and `simulate` take. Raises ConfigError when `path` cannot be written.
         """
-        with self._same_outcome("record"):
+        with self.same_outcome("record"):
             if self.rank == 0 and not Path(path).parent.is_dir():
                 raise ConfigError(f"{path}: there is no folder {Path(path).parent}; make it first")
         return Recorder(model, self.transport, path, routing)
@@ -494,40 +493,3 @@ class Runtime:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _find_place(
-    config: RuntimeConfig, cluster: Cluster | None, world: environment.WorldEnvironment
-) -> tuple[Place, list[str]]:
-    if cluster is None:
-        return find_place(config.device, index=world.local_rank, deadline_s=config.timeout_s)
-    node = cluster.rank_nodes()[world.rank]
-    try:
-        return find_place(
-            config.device, node.vendor, node.emulate, cluster.index_in_node(world.rank), node.island, config.timeout_s
-        )
-    except (ConfigError, VendorUnavailable) as error:
-        named = not node.emulate and node.vendor != "auto"
-        advice = f'; to have CPU ranks emulate one, set emulate = "{node.vendor}"' if named else ""
-        raise type(error)(f"node {node.name}: {error}{advice}") from error
-
-
-def _may_differ(cluster: Cluster | None) -> bool:
-    """Whether ranks may be of several islands: as the cluster file says, or as hosts may find out for themselves."""
-    if cluster is None:
-        return False
-    labels = {(node.emulate, node.vendor, node.island) for node in cluster.nodes}
-    detected_apart = len({node.host for node in cluster.nodes if node.vendor == "auto" and not node.emulate}) > 1
-    return len(labels) > 1 or detected_apart
-
-
-def _read_config(path: Path) -> PretrainedConfig:
-    """config.json, without its quantization_config once we know we can read that format."""
-    try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
-        said = " ".join(str(error).split("\n\n")[0].split())  # the first paragraph, in one line
-        raise CheckpointError(f"{path / 'config.json'}: transformers cannot read it ({said})") from error
-    if form_of_quantization(getattr(config, "quantization_config", None), path / "config.json"):
-        del config.quantization_config
-    return config

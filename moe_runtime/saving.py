@@ -24,6 +24,7 @@ from .checkpoint import INDEX, SINGLE
 from .comm.transport import Transport
 from .comm.wire import all_gather_message
 from .core.errors import CheckpointError
+from .core.files import sync_to_disk
 from .expert_dtypes import refuse_8_bits
 from .layer import experts_modules
 
@@ -168,8 +169,8 @@ class ShardWriter:
         else:
             self._write_index()
         for path in self.folder.iterdir():
-            _sync(path)
-        _sync(self.folder)
+            sync_to_disk(path)
+        sync_to_disk(self.folder)
 
     def _write_index(self) -> None:
         weight_map = {}
@@ -191,14 +192,6 @@ class ShardWriter:
     @staticmethod
     def _temporary(number: int) -> str:
         return f"shard-{number:05d}.safetensors"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def why_not_there(folder: Path) -> str | None:

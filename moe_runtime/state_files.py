@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError
 
 from .core.errors import CheckpointError, ConfigError
-from .core.files import write_atomically
+from .core.files import sync_to_disk, write_atomically
 from .core.placement import Placement
 from .experts.placement.files import plan_from_dict, plan_to_dict
 
@@ -169,7 +169,7 @@ def write_part(partial: Path, rank: int, tensors: dict[str, torch.Tensor]) -> No
     with _plain_errors():
         dcp.save(tensors, storage_writer=writer, planner=planner, no_dist=True)
     files = {f"{part.name}/{path.name}": _sum_up(path, sync=True) for path in sorted(part.iterdir())}
-    _sync(part)
+    sync_to_disk(part)
     _note(partial, rank, {"files": files})
 
 
@@ -207,14 +207,14 @@ def publish(folder: Path, manifest: Manifest) -> None:
     write_atomically(partial / MANIFEST, lambda file: file.write(manifest.to_bytes()))
     for rank in range(manifest.num_ranks):
         (partial / f"rank_{rank}.json").unlink()
-    _sync(partial)
+    sync_to_disk(partial)
     old = folder / f".{final.name}.old"
     if final.exists():
         if not is_ours(final):
             raise CheckpointError(f"{final.name} is there and holds other files; it is not overwritten")
         final.rename(old)
     partial.rename(final)
-    _sync(folder)
+    sync_to_disk(folder)
     if old.exists():
         shutil.rmtree(old)
 
@@ -243,14 +243,6 @@ def _sum_up(path: Path, sync: bool = False) -> list[int]:
         while block := file.read(1 << 22):
             size, crc = size + len(block), zlib.crc32(block, crc)
     return [size, crc]
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------

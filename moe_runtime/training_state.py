@@ -44,7 +44,7 @@ class Checkpoints:
         self._damaged: set[int] = set()
         self._newest: Manifest | None = None
         self._looked = False
-        with runtime._same_outcome("open the training checkpoints"):
+        with runtime.same_outcome("open the training checkpoints"):
             if keep < 1:
                 raise ConfigError(f"keep must be at least 1 checkpoint, got {keep}")
             files.require_storage()
@@ -66,12 +66,12 @@ class Checkpoints:
         if newest is None:
             return None
         path = files.final_path(self.folder, newest.step)
-        with runtime._same_outcome("find its part of the training checkpoint"):
+        with runtime.same_outcome("find its part of the training checkpoint"):
             _check_same_kind(path, newest, model, optimizer)
             entries = files.list_tensors(path, range(newest.num_ranks))
             same_ranks = newest.num_ranks == runtime.size
             restore = Restore(model, optimizer, runtime.rank, runtime.size, entries, path, same_ranks)
-        with runtime._same_outcome("read the training checkpoint"):
+        with runtime.same_outcome("read the training checkpoint"):
             files.read_tensors(path, restore.targets, entries)
             restore.finish()
         return {**newest.extra, "step": newest.step}
@@ -88,7 +88,7 @@ class Checkpoints:
         self._wait()
         runtime, rank = self._runtime, self._runtime.rank
         partial, problem = files.partial_path(self.folder, step), ""
-        with runtime._same_outcome("copy the training state"):
+        with runtime.same_outcome("copy the training state"):
             tensors = copy_state(model, optimizer, rank, runtime.size)
             extra = _plain(extra or {})
         if rank == 0:

@@ -88,7 +88,7 @@ class Data:
     """What is trained and validated on: the same tokens on every rank, each rank its own windows of them."""
 
     def __init__(self, config: TrainConfig, base: Path, runtime: moe_runtime.Runtime) -> None:
-        with runtime._same_outcome("read the tokenizer"):
+        with runtime.same_outcome("read the tokenizer"):
             kind = "bytes" if config.tokenizer == "bytes" else "auto"
             self.tokenizer = load_tokenizer(kind, base / config.tokenizer)
         self.corpus = self._open(config, base, runtime, config.files)
@@ -108,7 +108,7 @@ class Data:
         """One rank of each host makes the tokens, the others map what it made."""
         corpus = None
         for turn in (True, False):
-            with runtime._same_outcome("read the data"):
+            with runtime.same_outcome("read the data"):
                 if (runtime.world.local_rank == 0) == turn:
                     corpus = open_corpus(sources, base, self.tokenizer, text_key=config.text_key)
         assert corpus is not None

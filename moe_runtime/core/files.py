@@ -1,4 +1,4 @@
-"""Writing a file so that it appears whole or not at all."""
+"""Writing a file so that it appears whole or not at all, and is on disk."""
 
 from __future__ import annotations
 
@@ -29,3 +29,12 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> 
         raise ConfigError(f"{path}: cannot write the file ({error.strerror})") from None
     finally:
         Path(unfinished).unlink(missing_ok=True)
+
+
+def sync_to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
