@@ -353,7 +353,7 @@ def load_and_save(folder: Path) -> int:
         return found["step"]
 
 
-@pytest.mark.parametrize("at", ["_note", "_sync"])
+@pytest.mark.parametrize("at", ["_note", "sync_to_disk"])
 def test_kill_9_in_the_middle_of_a_write_leaves_the_checkpoint_before(tmp_path, at):
     with contextlib.suppress(AssertionError):
         run_ranks(killed_while_writing, 2, tmp_path, at, expect_dead=(0, 1))
