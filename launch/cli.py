@@ -84,6 +84,8 @@ of the report says so. The exit code is 1 where something failed or differs from
 # The training job's options, passed on to launch/jobs: (name, what argparse needs to know).
 _TRAIN_OPTIONS: dict[str, dict[str, Any]] = {
     "--set": {"metavar": "KEY=VALUE", "help": "replace one value of CONFIG (repeatable)"},
+    "--profile": {"metavar": "DIR", "help": "write a trace of a few steps there, a file a rank, for ui.perfetto.dev"},
+    "--export": {"metavar": "DIR", "help": "train nothing: write the newest checkpoint there as a Hugging Face model"},
 }
 
 

@@ -195,7 +195,7 @@ class Runtime:
             num_experts = {module.num_experts for module in modules.values()}
             if len(num_experts) > 1:
                 raise ConfigError(f"layers with different numbers of experts {sorted(num_experts)}: give a placement")
-            placement = proportional(len(modules), num_experts.pop(), self._rank_speeds())
+            placement = proportional(len(modules), num_experts.pop(), self.rank_speeds)
         placement = self._read_placement(placement)
         if placement.num_ranks != self.size:
             raise ConfigError(f"the placement is for {placement.num_ranks} ranks, the world has {self.size}")
@@ -233,7 +233,9 @@ class Runtime:
             raise ConfigError(f"node {node.name}: emulate_speed slows CPU ranks down, this one runs on {self.device}")
         return 1 / node.emulate_speed
 
-    def _rank_speeds(self) -> list[float]:
+    @property
+    def rank_speeds(self) -> list[float]:
+        """Relative speed of each rank, as the cluster file has it; all 1 without one."""
         return self._cluster.rank_speeds() if self._cluster else [1.0] * self.size
 
     def _dispatcher(
@@ -260,7 +262,7 @@ class Runtime:
 
     def _chooser(self, placement: Placement, layer: int) -> ReplicaChooser:
         names = [node.name for node in self._cluster.rank_nodes()] if self._cluster else [""] * self.size
-        return make_chooser(self.config.replica_choice, placement, layer, self.transport, names, self._rank_speeds())
+        return make_chooser(self.config.replica_choice, placement, layer, self.transport, names, self.rank_speeds)
 
     def _rank_nodes(self) -> list[int] | None:
         """The node of each rank, where there are several and some have several ranks; None: no rank shares its node.
@@ -284,7 +286,7 @@ class Runtime:
     ) -> ExpertDispatcher:
         """Dispatch and combine for callers with their own experts, by expert ids. Every rank calls alike."""
         if placement is None:
-            placement = proportional(max(layer, 0) + 1, num_experts, self._rank_speeds())
+            placement = proportional(max(layer, 0) + 1, num_experts, self.rank_speeds)
         for name, value in (("hidden_size", hidden_size), ("top_k", top_k), ("num_experts", num_experts)):
             if value < 1:
                 raise ConfigError(f"dispatcher: {name} must be at least 1, got {value}")
@@ -351,7 +353,7 @@ class Runtime:
                 layers,
                 int(self.config.rebalance_slice_mib * (1 << 20)),
                 self.config.rebalance_stall_s,
-                self._rank_speeds(),
+                self.rank_speeds,
                 functools.partial(self._switched, layers),
             )
             for layer in layers:

@@ -26,7 +26,7 @@ from ranks import RankFailed, run_ranks
 from moe_runtime.errors import ConfigError
 from moe_runtime.launch import cli
 from moe_runtime.launch.bench.generate_ranks import fixed_batches
-from moe_runtime.launch.generation import options
+from moe_runtime.launch.generation import gain, options
 from moe_runtime.launch.generation.batch import RunningBatch, Settings, together
 from moe_runtime.launch.generation.output import Sink, take_up
 from moe_runtime.launch.generation.requests import Request, read_requests
@@ -187,6 +187,15 @@ def test_requests_go_to_the_ranks_that_have_the_fewest(held, waiting, room):
     assert len(ranks) == min(waiting, sum(max(0, room - count) for count in held))
     given = [after[rank] for rank in set(ranks)]
     assert all(count <= room for count in given) and (not given or max(given) <= min(after) + 1)
+
+
+def test_the_gain_of_a_placement_is_counted_from_what_was_computed():
+    load_RLE = np.zeros((2, 1, 4), dtype=np.int64)
+    load_RLE[0, 0, [0, 2]], load_RLE[1, 0, [1, 3]] = (40, 10), (40, 10)  # an even split would have 80 and 20
+    assert gain.busiest(load_RLE, [1.0, 1.0]) == (50.0, 80.0)
+    assert gain.busiest(load_RLE, [2.0, 1.0]) == (50.0, 40.0)
+    assert "1.60 times as many" in gain.describe(load_RLE, [1.0, 1.0])
+    assert "nothing was computed" in gain.describe(load_RLE * 0, [1.0, 1.0])
 
 
 # ---- sampling -------------------------------------------------------------------------------------------------------

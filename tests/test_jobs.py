@@ -136,7 +136,10 @@ def test_a_recorded_load_becomes_a_plan_that_generates_the_same(trained):
     second = moe_launch(*words, cwd=trained)
     assert second.returncode == 0, second.stderr
     assert "slots per rank [12, 12] for 16 experts" in second.stderr and "balanced by every" in second.stderr
+    assert "placement: the busiest rank of each layer computed" in second.stderr and "times as many" in second.stderr
     assert json.loads(second.stdout)["results"] == json.loads(first.stdout)["results"]
+    moved = moe_launch(*words[:-2], "--max-new-tokens", "6", "--rebalance", cwd=trained)
+    assert moved.returncode == 0 and "times as many" in moved.stderr, moved.stderr
 
 
 @pytest.mark.parametrize(

@@ -255,6 +255,18 @@ def test_a_damaged_last_checkpoint_is_said_and_the_one_before_taken(folder, long
     assert [row["loss"] for row in rows(folder, "stopped")] == long_run["losses"]
 
 
+def test_a_kept_step_is_exported_for_transformers_without_training(folder, long_run):
+    words = ["long.toml", *long_run["words"], "--set", "checkpoints=killed-state"]
+    alone = ["--nproc-per-node", "1", "--set", "cluster=''"]  # the run had two ranks
+    done = moe_launch("train", *words, *alone, "--export", "out/exported", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "exported step 60" in done.stdout
+    whole, exported = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("killed", "out/exported"))
+    assert all(torch.equal(value, exported.state_dict()[name]) for name, value in whole.state_dict().items())
+    nothing = moe_launch("train", *words[:-1], "checkpoints=none-here", "--export", "x", cwd=folder)
+    assert nothing.returncode == 2 and "there is no checkpoint to export" in nothing.stderr
+
+
 # ---- what a user would see -------------------------------------------------------------------------------------------
 
 

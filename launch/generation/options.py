@@ -100,6 +100,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "type": Path,
         "help": "which expert lives where, as moe-launch plan writes it",
     },
+    "--rebalance": {
+        **_FLAG,
+        "help": "move experts between ranks while it runs, where that pays (as --runtime rebalance=auto); the gain is "
+        "said at the end",
+    },
     "--record": {"metavar": "FILE.npz", "type": Path, "help": "write the load trace of this run"},
     "--temperature": {
         "metavar": "X",

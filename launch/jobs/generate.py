@@ -21,7 +21,7 @@ from ...checkpoint import CheckpointReader
 from ...comm.wire import all_gather_message
 from ...core.config import RuntimeConfig
 from ...core.errors import ConfigError
-from ..generation import options
+from ..generation import gain, options
 from ..generation.batch import RunningBatch, Settings
 from ..generation.output import Sink, take_up
 from ..generation.requests import Request, read_requests
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = options.parse(argv)
     options.check(arguments)
     settings = {"cluster": arguments.cluster, "timeout_s": arguments.timeout_s}
-    settings = apply_overrides(settings, arguments.runtime)
+    settings = apply_overrides(settings, [*arguments.runtime, *(["rebalance=auto"] * arguments.rebalance)])
     CheckpointReader(arguments.model).close()  # a missing or broken file is told before anything is waited for
     requests = read_requests(arguments.prompt, arguments.input)
     with moe_runtime.init(RuntimeConfig.from_any(settings)) as runtime:
@@ -65,6 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             generate(runtime, batches, good, sink)
         if sink is not None:
             sink.close()
+        if arguments.placement or runtime.config.rebalance == "auto":
+            load = runtime.load(model, by_rank=True)  # every rank calls
+            if runtime.rank == 0:
+                print(gain.describe(load, runtime.rank_speeds), file=sys.stderr)
         # Rank 0 alone reports bad lines: a rank that ends first with an error would have the others stopped.
         bad = any(request.error is not None for request in requests)
         return EXIT_SOME_INPUT_BAD if bad and runtime.rank == 0 else 0

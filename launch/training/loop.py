@@ -84,6 +84,22 @@ def _kept(checkpoints: Checkpoints | None) -> Iterator[None]:
         checkpoints.close()
 
 
+def export(config: TrainConfig, base: Path, runtime: moe_runtime.Runtime, folder: Path) -> None:
+    """Write the model of the newest checkpoint as a Hugging Face checkpoint, on any number of ranks."""
+    if not config.checkpoints:
+        raise ConfigError("--export writes what a run has kept: `checkpoints` must name its folder")
+    data = Data(config, base, runtime)
+    checkpoints = Checkpoints(runtime, base / config.checkpoints, config.keep_checkpoints)
+    trainer = Trainer(config, base, runtime, data, checkpoints.saved_placement())
+    step = trainer.resume(checkpoints)
+    if not step:
+        raise ConfigError(f"{checkpoints.folder}: there is no checkpoint to export")
+    trainer.model.eval()
+    runtime.save_model(trainer.model, folder, tokenizer=data.tokenizer)
+    if runtime.rank == 0:
+        print(f"exported step {step} to {folder}", flush=True)
+
+
 class Data:
     """What is trained and validated on: the same tokens on every rank, each rank its own windows of them."""
 
