@@ -23,7 +23,10 @@ def unpack(data: bytes) -> Any:
     """The message in these bytes. Raises ValueError for anything that is not one, or is too large."""
     if len(data) > MAX_MESSAGE_BYTES:
         raise ValueError(f"a message of {len(data)} bytes is larger than the limit of {MAX_MESSAGE_BYTES}")
-    return msgpack.unpackb(data, strict_map_key=False)  # msgpack bounds every part by the length of the whole
+    try:
+        return msgpack.unpackb(data, strict_map_key=False)  # msgpack bounds every part by the length of the whole
+    except TypeError as error:  # a map or a list as a key
+        raise ValueError(f"not a message ({error})") from None
 
 
 def open_socket(context: zmq.Context, kind: int, identity: bytes | None = None) -> zmq.Socket:

@@ -8,7 +8,6 @@ Never pickle. Every reader raises ConfigError in one line: which file, what is w
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import ConfigError
-from ..core.files import write_atomically
+from ..core.files import BROKEN_ARRAY, write_atomically
 
 SCHEMA = 1
 
@@ -136,7 +135,7 @@ def read_megatron_routing(paths: Iterable[str | Path], num_experts: int) -> Rout
                 key = int(row["step"]), int(row["rank"])
                 layer, shape = int(row["layer"]), (int(row["num_tokens"]), int(row["topk"]))
                 ids = np.array(row["top_indices"], dtype=np.int32).reshape(shape)
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
                 raise ConfigError(f"{path}: line {number} is no Megatron routing record ({error!r})") from None
             if layer in rows.setdefault(key, {}):
                 raise ConfigError(f"{path}: line {number} gives step {key[0]}, rank {key[1]}, layer {layer} again")
@@ -203,13 +202,13 @@ def _read_sglang(path: str | Path) -> LoadTrace:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the load trace ({error.strerror}); check the path") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(found, dict) or "logical_count" not in found:
         raise ConfigError(f'{path}: no "logical_count"; expected the JSON that SGLang\'s expert recorder dumps')
     try:
         load = np.array(found["logical_count"], dtype=np.float64, ndmin=3)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ConfigError(f"{path}: logical_count is no array of numbers [L][E]") from None
     if load.ndim != 3:
         raise ConfigError(f"{path}: logical_count has {load.ndim} dimensions; expected [L][E] or [steps][L][E]")
@@ -228,14 +227,14 @@ def _read_npz(path: str | Path, kind: str) -> tuple[dict[str, np.ndarray], dict[
             arrays = {name: file[name] for name in file.files}
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the trace ({error.strerror or error}); check the path") from None
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:  # no archive, a broken one, or pickled objects in it
+    except BROKEN_ARRAY as error:  # no archive, a broken one, or pickled objects in it
         raise ConfigError(f"{path}: no trace that can be read safely ({error}); write it with traces.save") from None
     head: dict[str, Any] = {}
     if "head" in arrays:
         try:
             head = json.loads(str(arrays.pop("head")))
             schema, found_kind = head["schema"], head["kind"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ConfigError(f"{path}: the head of the trace is damaged; write it again with traces.save") from None
         if schema != SCHEMA:
             raise ConfigError(f"{path}: trace schema {schema}, this version reads {SCHEMA}; record or convert it again")

@@ -24,7 +24,7 @@ from typing import Any
 
 from ..core import environment
 from ..core.cluster import Cluster
-from ..core.errors import ConfigError
+from ..core.errors import CheckpointError, ConfigError
 from . import devices, preflight, reach, records
 from .control import BEAT_S, SILENCE_S, Controller, Link, Message, serve
 from .job import Job, next_attempt, visible_variables
@@ -185,6 +185,8 @@ def _controller(job: Job) -> threading.Thread:
     counts: list[int] = []
 
     def check(facts: list[Mapping[str, Any]]) -> list[str]:
+        if problems := preflight.malformed(names, facts):
+            return problems
         counts[:] = [int(fact["devices"]) for fact in facts]
         differ = [
             line
@@ -194,7 +196,10 @@ def _controller(job: Job) -> threading.Thread:
         return preflight.verdicts(names, facts) + differ or memory(facts)
 
     def memory(facts: list[Mapping[str, Any]]) -> list[str]:
-        sizes = [sizes for path in job.files if (sizes := preflight.checkpoint_bytes(path))]
+        try:
+            sizes = [sizes for path in job.files if (sizes := preflight.checkpoint_bytes(path))]
+        except CheckpointError as error:
+            return [f"{names[0]}: {one_line(error)}"]
         if not sizes or "--placement" in job.target or [node.devices for node in job.nodes] != counts:
             return []  # a placement of the user's own; or nodes that the command line does not describe
         words = list(job.target)

@@ -30,6 +30,35 @@ FIRST_FAILURE_S = 1.0  # ranks that lost a peer often fail before the news of th
 Message = dict[str, Any]
 Out = list[tuple[bytes, Message]]
 
+# What a controller is told, by kind: (fields that must be there, fields that may be), each of one type.
+_OF_NODE = {"node": int, "mark": str}
+_KINDS: dict[str, tuple[dict[str, type], dict[str, type]]] = {
+    "status": ({}, {}),
+    "stop": ({}, {"code": int, "why": str}),
+    "hello": ({**_OF_NODE, "host": str, "facts": dict}, {}),
+    "tried": ({**_OF_NODE, "unreachable": list}, {"host": str}),
+    "beat": (_OF_NODE, {"ranks": dict, "code": int, "why": str, "blames_peer": bool}),
+    "gone": (_OF_NODE, {}),
+}
+_MAX_CODE = 255
+
+
+def not_understood(message: Message) -> str:
+    """What is wrong with a message to a controller, or ""."""
+    kind = message.get("kind")
+    if message.get("protocol", PROTOCOL) != PROTOCOL:
+        other = f"{message['protocol']!r:.40}"
+        return f"it speaks protocol {other}, node 0 speaks {PROTOCOL}; install the same moe-runtime on both"
+    if not isinstance(kind, str) or kind not in _KINDS:
+        return f"a message that is not understood: {kind!r:.40}"
+    needed, optional = _KINDS[kind]
+    for name, value in message.items():
+        wanted = needed.get(name) or optional.get(name)
+        if wanted is not None and type(value) is not wanted:
+            return f"a {kind} whose {name} is {type(value).__name__}, not {wanted.__name__}"
+    missing = next((name for name in needed if name not in message), None)
+    return f"a {kind} without {missing}" if missing else ""
+
 
 @dataclass
 class _Node:
@@ -76,15 +105,16 @@ class Controller:
 
     def receive(self, sender: bytes, message: Message, now: float) -> Out:
         """Answer one message."""
-        kind = message.get("kind")
+        problem = not_understood(message)
+        if problem:
+            return [(sender, {"kind": "refuse", "code": 2, "why": problem})]
+        kind = message["kind"]
         if kind == "status":
             return [(sender, self.status(now))]
         if kind == "stop":
-            self._stop(int(message.get("code", 143)), str(message.get("why", "asked to stop")), now)
+            self._stop(_as_code(message.get("code", 143)), message.get("why", "asked to stop"), now)
             return [(sender, {"kind": "stopping"}), *self._to_all()]
-        number = message.get("node")
-        if kind not in ("hello", "tried", "beat", "gone") or not isinstance(number, int):
-            return [(sender, {"kind": "refuse", "code": 2, "why": f"a message that is not understood: {kind!r}"})]
+        number = message["node"]
         if not 0 <= number < len(self._nodes):
             why = f"node rank {number} is not in 0..{len(self._nodes) - 1}: --nnodes and --node-rank do not fit"
             return [(sender, {"kind": "refuse", "code": 2, "why": why})]
@@ -100,10 +130,10 @@ class Controller:
         node.sender, node.heard = sender, now
         if kind == "hello" and self.state == "gathering":
             self._here += not node.start_mark
-            node.start_mark, node.facts = str(message.get("mark")), message.get("facts", {})
+            node.start_mark, node.facts = message["mark"], message["facts"]
             return self._gathered(now) if self._here == len(self._nodes) else [(sender, self._order(number))]
         if kind == "tried" and self.state == "trying":
-            node.unreachable = list(message["unreachable"])
+            node.unreachable = [str(line) for line in message["unreachable"]]
             if all(n.unreachable is not None for n in self._nodes):
                 return self._tried(now)
         if kind == "gone":
@@ -114,7 +144,7 @@ class Controller:
             if message.get("code") and self.state == "running":
                 if not self._failures:
                     self._since = now
-                failure = (bool(message.get("blames_peer")), int(message["code"]), str(message.get("why", "")))
+                failure = (message.get("blames_peer", False), _as_code(message["code"]), message.get("why", ""))
                 if failure not in self._failures:
                     self._failures.append(failure)
         return [(sender, self._order(number))]
@@ -210,6 +240,11 @@ class Controller:
     def _stop(self, code: int, why: str, now: float) -> None:
         if self.state != "stopping":
             self.state, self.code, self.why, self._since = "stopping", code, why, now
+
+
+def _as_code(code: int) -> int:
+    """An exit code that is none becomes 1."""
+    return code if 0 <= code <= _MAX_CODE else 1
 
 
 def seal(secret: bytes, message: Message) -> list[bytes]:

@@ -20,10 +20,12 @@ from typing import Any
 
 from .. import __version__
 from ..core.cluster import Node
+from ..core.errors import CheckpointError
 from .machine import free_gib
 
 _SIOCGIFADDR = 0x8915  # linux/sockios.h
 _PACKAGES = ("torch", "transformers")
+_MAX_HEADER = 100_000_000  # bytes, as the safetensors library has it
 _WHOLE_FILE = 16 << 20  # larger files are compared by size
 
 
@@ -41,6 +43,26 @@ def look(address: str, interface: str | None, vendor: str, devices: int, files: 
         **{package: _version(package) for package in _PACKAGES},
         "files": {path: digest(path) for path in files},
     }
+
+
+# What `look` and the agent say of a node, by type; an agent of another version may not.
+_FACTS: dict[str, tuple[type, ...]] = {
+    "host": (str,), "address": (str,), "interface": (str,), "vendor": (str,), "devices": (int,), "door": (int,),
+    "free_gib": (float, int, type(None)), "python": (str,), "moe_runtime": (str,), "torch": (str,), "command": (str,),
+    "files": (dict,), "found": (dict,),
+}  # fmt: skip
+
+
+def malformed(names: Sequence[str], facts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Nodes whose facts are not what this version takes, one line each."""
+    lines = []
+    for name, mine in zip(names, facts, strict=True):
+        wrong = next((key for key, kinds in _FACTS.items() if type(mine.get(key)) not in kinds), None)
+        if wrong is None and not all(isinstance(value, str) for value in mine["files"].values()):
+            wrong = "files"
+        if wrong is not None:
+            lines.append(f"{name}: said nothing usable of its {wrong}; install the same moe-runtime on all nodes")
+    return lines
 
 
 def introduce(name: str, facts: Mapping[str, Any]) -> str:
@@ -110,24 +132,37 @@ def tight(
 
 def checkpoint_bytes(folder: str) -> tuple[int, int, int] | None:
     """Bytes of routed experts, of all else, and of the experts were they in 8 bits, in a folder's safetensors, from
-    their headers; None where it has none.
-
-    Source of the header's form: the safetensors format, eight bytes of length and then JSON.
+    their headers; None where it has none. Raises CheckpointError for a header that is none.
     """
     experts = other = values = 0
     files = sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else []
     for file in files:
-        with file.open("rb") as opened:
-            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-        for name, tensor in header.items():
-            if name != "__metadata__":
+        for name, tensor in _header(file).items():
+            try:
                 first, last = tensor["data_offsets"]
-                if ".experts." in name:
-                    experts += last - first
-                    values += math.prod(tensor["shape"])
-                else:
-                    other += last - first
+                size, count = int(last) - int(first), math.prod(int(extent) for extent in tensor["shape"])
+            except (TypeError, ValueError, KeyError, OverflowError) as error:
+                raise CheckpointError(f"{file}: tensor {name!r:.80} has no sizes ({error!r}); fetch it again") from None
+            if ".experts." in name:
+                experts, values = experts + size, values + count
+            else:
+                other += size
     return (experts, other, values) if files else None
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """The tensors of a safetensors file by name. Its form: eight bytes of length, then JSON of at most 100 MB."""
+    try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            found = json.loads(opened.read(length)) if length <= _MAX_HEADER else None
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: not a safetensors file ({str(error)[:80]}); fetch it again") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file}: not a safetensors file; fetch it again")
+    return {name: tensor for name, tensor in found.items() if name != "__metadata__"}
 
 
 def text_digest(text: str) -> str:

@@ -12,7 +12,7 @@ from moe_runtime.core.errors import ConfigError
 from moe_runtime.launch import devices, reach
 from moe_runtime.launch.control import SILENCE_S, TRYING_S, Controller, Link, seal, serve, unseal
 from moe_runtime.launch.machine import free_port
-from moe_runtime.launch.preflight import checkpoint_bytes, tight, verdicts
+from moe_runtime.launch.preflight import checkpoint_bytes, look, malformed, tight, verdicts
 
 SECRET = b"a secret"
 
@@ -192,6 +192,29 @@ def test_stop_from_a_client_reaches_every_node_and_status_says_who_runs_what():
     assert status["state"] == "running" and status["nodes"][1]["ranks"] == {"3": "running"}
     out = job.receive(b"client", {"kind": "stop", "code": 143, "why": "asked"}, 3.0)
     assert kinds(out) == ["stopping", "stop", "stop"]
+
+
+@pytest.mark.parametrize(("message", "told"), [
+    ({"kind": "hello", "node": 0, "mark": "m"}, "a hello without host"),
+    ({"kind": "beat", "node": "0", "mark": "m"}, "a beat whose node is str, not int"),
+    ({"kind": "beat", "node": True, "mark": "m"}, "whose node is bool"),
+    ({"kind": "stop", "code": "x"}, "a stop whose code is str"),
+    ({"kind": ["hello"]}, "not understood"),
+    ({"kind": "status", "protocol": 99}, "it speaks protocol 99, node 0 speaks 1; install the same moe-runtime"),
+])  # fmt: skip
+def test_a_message_of_another_form_or_version_is_refused_and_changes_nothing(message, told):
+    job = controller("a", "b")
+    [(to, answer)] = job.receive(b"x", message, 1.0)
+    assert to == b"x" and answer["kind"] == "refuse" and told in answer["why"]
+    assert job.state == "gathering" and not job.status(1.0)["nodes"][0]["host"]
+
+
+def test_an_agent_that_says_nothing_usable_of_its_node_is_named():
+    good = look("127.0.0.1", None, "cpu", 1, []) | {"command": "c", "found": {}, "door": 4}
+    assert malformed(["a", "b"], [good, good]) == []
+    [line] = malformed(["a", "b"], [good, {**good, "devices": "8"}])
+    assert line.startswith("b: said nothing usable of its devices")
+    assert "its files" in malformed(["a"], [{**good, "files": {"m": 3}}])[0]
 
 
 def test_messages_without_the_secret_are_dropped():

@@ -32,7 +32,7 @@ def load_plan(path: str | Path) -> Placement:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the plan ({error.strerror}); check the path") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid JSON: {error}; write the plan again with save_plan") from None
     return plan_from_dict(found, path)
 
@@ -67,8 +67,9 @@ def plan_from_dict(found: Any, path: str | Path) -> Placement:
             int(found["num_experts"]),
             int(found["num_ranks"]),
         )
+        placed = Placement(*fields)  # its numbers are bounded from here on
         if not isinstance(parts, dict):
-            return Placement(*fields)
+            return placed
         slots = np.bincount(slot_rank, minlength=fields[4]).astype(np.int64)
         cost, fixed = (np.array(parts[name], dtype=np.float64) for name in ("cost", "fixed"))
         ranks = Ranks(cost, fixed, slots, np.array(parts["node"], dtype=np.int64))
@@ -81,7 +82,7 @@ def plan_from_dict(found: Any, path: str | Path) -> Placement:
         return Plan(*fields, ranks, load, str(parts["policy"]), bool(parts["equal"]), str(parts["note"]))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}; write the plan again with save_plan") from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"{path}: a table of the plan is damaged ({error}); write it again with save_plan") from None
 
 

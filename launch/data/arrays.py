@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ...core.errors import ConfigError
+from ...core.files import BROKEN_ARRAY
 
 CHUNK = 1 << 22  # tokens looked at together
 # llm.c, dev/data/data_common.py: a header of 256 int32, of which the first is one of these and the third counts tokens.
@@ -37,8 +38,8 @@ def map_tokens(path: Path) -> np.ndarray:
 def _map_npy(path: Path) -> np.ndarray:
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        reason = str(error).splitlines()[0]
+    except BROKEN_ARRAY as error:
+        reason = (str(error).splitlines() or [repr(error)])[0]
         raise ConfigError(f"data: {path}: no array that numpy can map ({reason}); write it with numpy.save") from None
     if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype.kind not in "iu" or not len(tokens):
         is_ = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, np.ndarray) else "an archive of arrays"

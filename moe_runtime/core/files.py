@@ -1,14 +1,24 @@
-"""Writing a file so that it appears whole or not at all, and is on disk."""
+"""Writing a file so that it appears whole or not at all, and is on disk; what damaged ones raise."""
 
 from __future__ import annotations
 
 import os
+import struct
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
+from tokenize import TokenError
 from typing import IO
 
 from .errors import ConfigError
+
+# What numpy and zipfile raise for arrays and archives that are none: a header is read as Python's literals.
+BROKEN_ARRAY = (
+    EOFError, KeyError, MemoryError, NotImplementedError, OverflowError, RuntimeError, SyntaxError, TokenError,
+    TypeError, ValueError, struct.error, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 
 def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:

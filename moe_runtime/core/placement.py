@@ -14,6 +14,8 @@ import numpy as np
 
 from .errors import ConfigError
 
+MOST = 1 << 20  # experts, ranks: tables have an entry for each, and a damaged number must not take all memory
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -41,6 +43,8 @@ class Placement:
                 f"placement: shapes slot_expert {expert.shape}, slot_rank {rank.shape}, slot_share {share.shape} "
                 "do not agree on [L, S], [S], [L, S]"
             )
+        if not (0 < self.num_experts <= MOST and 0 < self.num_ranks <= MOST):
+            raise ConfigError(f"placement: {self.num_experts} experts on {self.num_ranks} ranks: 1 to {MOST} can be")
         if len(rank) and (rank.min() < 0 or rank.max() >= self.num_ranks or (np.diff(rank) < 0).any()):
             raise ConfigError(f"placement: slot_rank must be non-decreasing and within 0..{self.num_ranks - 1}")
         if (share < 0).any():
