@@ -128,7 +128,7 @@ class CheckpointReader:
         if index.is_file():
             try:
                 weight_map = dict(json.loads(index.read_text())["weight_map"])
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise CheckpointError(f"{index}: not a safetensors index ({error}); fetch it again") from error
             for key, name in weight_map.items():
                 if not isinstance(name, str) or Path(name).name != name:

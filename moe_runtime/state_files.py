@@ -84,7 +84,7 @@ class Manifest:
             raise CheckpointError(f"{path.name} cannot be read ({error.strerror})") from None
         except ConfigError as error:
             raise CheckpointError(str(error)) from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{path.name} is damaged ({' '.join(str(error).split())})") from None

@@ -33,6 +33,8 @@ from moe_runtime.launch import preflight, reach
 from moe_runtime.launch.control import PROTOCOL, Controller, seal, unseal
 from moe_runtime.launch.data.arrays import map_tokens
 from moe_runtime.launch.generation.requests import read_requests
+from moe_runtime.launch.toml import read_toml
+from moe_runtime.launch.training.config import TrainConfig
 from moe_runtime.state_files import Manifest
 
 SLOWEST_S = 1.0
@@ -83,7 +85,20 @@ def change_bytes(pick: random.Random, data: bytes) -> bytes:
         elif kind == 2:
             out[at:at] = out[at : at + pick.choice((1, 4, 50))]
         elif kind == 3:
-            out[at:at] = pick.choice((b"\0" * 8, b"\xff" * 8, b"{" * 40, b"[" * 40, b'"', b"\n", b"9" * 30, b"\x80"))
+            out[at:at] = pick.choice(
+                (
+                    b"\0" * 8,
+                    b"\xff" * 8,
+                    b"{" * 40,
+                    b"[" * 40,
+                    b'"',
+                    b"\n",
+                    b"9" * 30,
+                    b"\x80",
+                    b"[" * 5000,
+                    b'{"a":' * 5000,
+                )
+            )
         else:
             del out[at:]
     return bytes(out[: 1 << 16])
@@ -141,7 +156,7 @@ def as_msgpack(pick: random.Random, data: bytes) -> bytes:
 
 def targets(folder: Path) -> list[Target]:
     made = [control(), cluster_file(folder), plan_file(folder), *trace_files(folder), *safetensors(folder)]
-    return [*made, manifest(folder), prompts(folder), token_array(folder)]
+    return [*made, manifest(folder), prompts(folder), token_array(folder), training(folder)]
 
 
 def control() -> Target:
@@ -271,6 +286,16 @@ def token_array(folder: Path) -> Target:
     np.save(file := io.BytesIO(), np.arange(20, dtype=np.uint16))
     path = folder / "tokens.npy"
     return file_target("token arrays", path, file.getvalue(), map_tokens, (ConfigError,), change_bytes)
+
+
+def training(folder: Path) -> Target:
+    root = Path(__file__).parents[1] / "configs"
+    examples = [(root / name).read_bytes() for name in ("demo.toml", "train.toml")]
+
+    def read(path: Path) -> None:
+        TrainConfig.from_table(read_toml(path), str(path))
+
+    return file_target("training configs", folder / "train.toml", examples, read, (ConfigError,), change_bytes)
 
 
 # ---- running --------------------------------------------------------------------------------------------------------

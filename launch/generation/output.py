@@ -128,7 +128,7 @@ def take_up(path: Path, requests: list[Request], logprobs: bool) -> list[dict]:
 def _read_record(path: Path, number: int, line: bytes) -> dict:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"--resume: line {number} of {path} is not JSON ({error}); is this an answer file?") from None
     if not isinstance(record, dict):
         raise ConfigError(f"--resume: line {number} of {path} is not a result")

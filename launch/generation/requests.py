@@ -33,7 +33,7 @@ def read_requests(prompts: list[str], file: Path | None) -> list[Request]:
 def _read_line(number: int, line: str) -> Request:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return Request(number, None, f"not JSON ({error})")
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str) or not record["prompt"]:
         return Request(number, None, 'needs a non-empty string under "prompt"')

@@ -149,7 +149,7 @@ def load_cluster(path: str | Path) -> Cluster:
         raise ConfigError(f"{path}: cannot read the cluster file ({error.strerror}); check the path") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     _refuse_unknown(tables, ("node", "link"), str(path))
     nodes = _read_tables(tables, "node", Node, _NODE_KEYS, ("name",), path)
