@@ -199,7 +199,8 @@ def watch_attention(model: Any) -> None:
     """Count the time of attention modules, forward and backward, under "attention"."""
 
     def before(module: Any, given: tuple, named: dict) -> None:
-        spans.begin("attention") if spans.on else None
+        if spans.on:
+            spans.begin("attention")
 
     def after(module: Any, given: tuple, named: dict, out: Any) -> None:
         if spans.on:

@@ -36,7 +36,8 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: str) -> None:
         steps = [row["step"] for row in rows]
         (line,) = loss.plot(steps, [row["loss"] for row in rows], label=name)
         validated = [(row["step"], row["validation_loss"]) for row in rows if "validation_loss" in row]
-        loss.plot(*zip(*validated, strict=True), "o", color=line.get_color()) if validated else None
+        if validated:
+            loss.plot(*zip(*validated, strict=True), "o", color=line.get_color())
         load.plot(steps, [max(row["layers"]["max_over_mean"]) for row in rows], label=name)
     loss.set(xlabel="step", ylabel="loss (dots: validation)", title="loss")
     load.set(xlabel="step", ylabel="tokens of the busiest expert / mean", title="load, worst layer")
