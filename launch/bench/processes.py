@@ -13,14 +13,19 @@ from ...core import environment
 from ...core.errors import MoeRuntimeError
 from ..machine import free_port
 
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 62)}  # see mallopt(3)
+
 
 class Processes:
     """`ranks` processes of a module of this package, of `threads` threads each; one alone is no world.
 
-    `name` is what errors call them. The first answer, in `ready`, comes by itself. MoeRuntimeError when one ends.
+    `name` is what errors call them. keep_memory: malloc of the ranks gives nothing back to the system. The first
+    answer, in `ready`, comes by itself. MoeRuntimeError when one ends.
     """
 
-    def __init__(self, name: str, module: str, ranks: int, threads: int, arguments: Sequence[object]) -> None:
+    def __init__(
+        self, name: str, module: str, ranks: int, threads: int, arguments: Sequence[object], keep_memory: bool = False
+    ) -> None:
         self.name = name
         port = free_port()
         command = [sys.executable, "-m", f"moe_runtime.launch.bench.{module}", *map(str, arguments)]
@@ -31,9 +36,12 @@ class Processes:
                 stdout=subprocess.PIPE,
                 text=True,
                 env=environment.inherited(
-                    environment.rank_environment(rank, ranks, rank, ranks, "127.0.0.1", port, threads)
-                    if ranks > 1
-                    else {}
+                    (
+                        environment.rank_environment(rank, ranks, rank, ranks, "127.0.0.1", port, threads)
+                        if ranks > 1
+                        else {}
+                    )
+                    | (KEEP_MEMORY if keep_memory else {})
                 ),
             )
             for rank in range(ranks)
@@ -78,8 +86,10 @@ class Subject(Processes):
     """Ranks that are measured beside others: `description`, and of each measurement `answers` and the slowest's
     `seconds`, whose keys end in _s."""
 
-    def __init__(self, name: str, module: str, ranks: int, threads: int, arguments: Sequence[object]) -> None:
-        super().__init__(name, module, ranks, threads, [name, *arguments])
+    def __init__(
+        self, name: str, module: str, ranks: int, threads: int, arguments: Sequence[object], keep_memory: bool = False
+    ) -> None:
+        super().__init__(name, module, ranks, threads, [name, *arguments], keep_memory)
         self.description: str = self.ready[0]["ready"]
         self.answers: list[list[dict[str, Any]]] = []
         self.seconds: list[dict[str, float]] = []

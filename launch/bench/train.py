@@ -40,6 +40,11 @@ def main(argv: list[str] | None = None, shape: dict[str, Any] = SHAPE) -> int:
     parser.add_argument("--layers", type=int, default=shape["num_hidden_layers"], help="fewer need less memory")
     parser.add_argument("--peers", nargs="+", choices=SUBJECTS[1:], default=SUBJECTS[1:], help="fewer need less memory")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument(
+        "--malloc", choices=("system", "keep", "trim"), default="system",
+        help="of all subjects: as the system has it; keep freed memory; or give it back after each step, so that more "
+        "subjects fit, and fault it in again (default: system)",
+    )  # fmt: skip
     parser.add_argument("--profile", action="store_true", help="also where moe-runtime's time goes")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     arguments = parser.parse_args(argv)
@@ -58,6 +63,7 @@ def run(arguments: argparse.Namespace, shape: dict[str, Any]) -> dict[str, Any]:
     if arguments.ranks == 1 and layout.pop("transformers-ep", None):
         say("transformers-ep: left out, it needs 2 ranks")
     options = [arguments.sequences, arguments.length, arguments.learning_rate, arguments.profile]
+    options.append(arguments.malloc == "trim")
     subjects: list[Subject] = []
     with tempfile.TemporaryDirectory(prefix="moe-bench-") as scratch:
         folder = Path(scratch) / "model"
@@ -68,7 +74,8 @@ def run(arguments: argparse.Namespace, shape: dict[str, Any]) -> dict[str, Any]:
             for name, ranks in layout.items():
                 say(f"loading {name} ...")
                 threads = max(1, cores // ranks)
-                subjects.append(Subject(name, "train_ranks", ranks, threads, [folder, threads, *options]))
+                given, keep = [folder, threads, *options], arguments.malloc == "keep"
+                subjects.append(Subject(name, "train_ranks", ranks, threads, given, keep))
             for number in range(arguments.rounds + 1):
                 for subject in subjects:
                     seconds = subject.run()
@@ -103,16 +110,17 @@ def check(arguments: argparse.Namespace, shape: dict[str, Any]) -> None:
 
 
 def check_memory(folder: Path, layout: dict[str, int], arguments: argparse.Namespace) -> None:
-    """Raises ConfigError where the subjects do not fit: weights and two moments of each, gradients and activations of
-    one at a time, and about 1 GiB in every process."""
+    """Raises ConfigError where the subjects do not fit: weights and two moments of each, gradients and activations
+    (of one at a time where freed memory is given back), and about 1 GiB in every process."""
     weights = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 2**30
     activations = arguments.sequences * arguments.length * arguments.layers / 4096  # in GiB, as measured with SHAPE
-    needed = weights * (3 * len(layout) + 1) + activations + sum(layout.values())
+    at_once = 1 if arguments.malloc == "trim" else len(layout)
+    needed = weights * 3 * len(layout) + (weights + activations) * at_once + sum(layout.values())
     free = free_gib()
     if free is not None and needed > free:
         raise ConfigError(
             f"bench train: {', '.join(layout)} need about {needed:.0f} GiB together and {free:.0f} are free; "
-            "name fewer --peers, or fewer --layers"
+            "name fewer --peers, or fewer --layers, or give --malloc trim"
         )
 
 
@@ -163,6 +171,7 @@ def make_report(
         "shape": shape,
         "ranks": arguments.ranks,
         "rounds": arguments.rounds,
+        "malloc": arguments.malloc,
         "sequences": arguments.sequences,
         "length": arguments.length,
         "subjects": rows,
@@ -187,7 +196,7 @@ def render(report: dict[str, Any]) -> str:
     lines = [
         f"machine: {report['machine']}; {versions}; load average before: {report['load_before']:.1f}",
         f"{report['shape']['num_hidden_layers']} layers, {report['sequences']} x {report['length']} tokens a step, "
-        f"AdamW; {report['rounds']} rounds, interleaved; median (min to max)",
+        f"AdamW; malloc: {report['malloc']}; {report['rounds']} rounds, interleaved; median (min to max)",
         f"{'':17s}{'seconds a step':>24s}{'tokens/s':>10s}{'this / ours':>22s}"
         + "".join(f"{part:>11s}" for part in PARTS)
         + f"{'peak GiB':>10s}{'loss, first and last':>22s}",

@@ -24,10 +24,11 @@ PARTS = ("forward", "backward", "sync", "clip", "optimizer")
 
 
 class Trainee:
-    """A subject's model and optimizer on this rank. profile: moe-runtime's named spans are counted."""
+    """A subject's model and optimizer on this rank. profile: moe-runtime's named spans are counted.
+    trim: freed memory is given back after each step."""
 
-    def __init__(self, loaded: Loaded, sequences: int, length: int, rate: float, profile: bool) -> None:
-        self.loaded, self.model = loaded, loaded.model.train()
+    def __init__(self, loaded: Loaded, sequences: int, length: int, rate: float, profile: bool, trim: bool) -> None:
+        self.loaded, self.model, self.trim = loaded, loaded.model.train(), trim
         whole = random_tokens(self.model, sequences, length + 1)
         self.ids, self.tokens = loaded.share(whole), sequences * length
         # Fused, as transformers' Trainer has it by default; it takes the parameters of one device mesh at a time.
@@ -58,7 +59,8 @@ class Trainee:
         told = float(loss.detach())
         taken = {f"{part}_s": end - begin for part, begin, end in zip(PARTS, marks[:-1], marks[1:], strict=True)}
         del loss
-        trim_memory()  # for the subject whose turn is next
+        if self.trim:
+            trim_memory()  # for the subject whose turn is next
         return {
             **taken,
             "step_s": marks[-1] - marks[0],
@@ -105,10 +107,10 @@ def clip_meshes(model: Any) -> float:
 
 
 def main() -> int:
-    name, folder, threads, sequences, length, rate, profile = sys.argv[1:]
+    name, folder, threads, sequences, length, rate, profile, trim = sys.argv[1:]
     torch.set_num_threads(int(threads))
     loaded = LOADERS[name](Path(folder))
-    trainee = Trainee(loaded, int(sequences), int(length), float(rate), profile == "True")
+    trainee = Trainee(loaded, int(sequences), int(length), float(rate), profile == "True", trim == "True")
     print(json.dumps({"ready": loaded.describe()}), flush=True)
     for _ in sys.stdin:
         print(json.dumps(trainee.step()), flush=True)

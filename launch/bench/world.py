@@ -25,10 +25,10 @@ from ...core import environment
 from ...core.errors import ConfigError, MoeRuntimeError
 from ..machine import free_port
 from ..worker import USER_ERROR_CODE, USER_ERRORS, one_line
+from .processes import KEEP_MEMORY
 
 _LOOK_S = 0.05  # between two looks at the ranks
 _GRACE_S = 5.0  # from SIGTERM to SIGKILL
-_KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 62)}  # see mallopt(3)
 _OPEN_MPI = ("--allow-run-as-root", "--oversubscribe", "--bind-to", "none")
 
 
@@ -71,7 +71,7 @@ def run_world(
     try:
         with log_path.open("wb") as log:
             for command, variables in _commands(module, folder, size, mpirun):
-                variables |= _KEEP_MEMORY if keep_memory else {}
+                variables |= KEEP_MEMORY if keep_memory else {}
                 env = environment.with_launcher_pid(environment.inherited(variables), os.getpid())
                 processes.append(
                     subprocess.Popen(
