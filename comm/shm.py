@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
-from ..core.errors import ConfigError, MoeRuntimeError, PeerLost, PeerTimeout
+from ..core.errors import ConfigError, MoeRuntimeError, PeerLost, PeerTimeout, ViewPassed
 from ..core.memory import pool
 from .frames import SLICE_S, Bell, Broken, Poll, Ring, Waiter, Wire, extension
 from .lane import (
@@ -79,6 +79,7 @@ class SharedMemoryTransport(InHalves):
         self.waits = Waits(size)
         self._latest: _Exchange | _Rows | None = None  # all before it have ended
         self._unusable: str | None = None
+        self._interrupted: str | None = None
         self._blamed: int | None = None
         self._lanes: dict[int, Lane] = {}
         self._layout = layout_of(size, window_bytes)
@@ -250,6 +251,10 @@ class SharedMemoryTransport(InHalves):
     def barrier(self, phase: str) -> None:
         self._exchange_all([_NOTHING] * self.size, [_NOTHING] * self.size, phase, lambda: "")
 
+    def interrupt(self, why: str) -> None:
+        """From another thread: have this rank's waits, and all later calls, raise ViewPassed within SLICE_S."""
+        self._interrupted = why
+
     def close(self) -> None:
         self._unusable = self._unusable or "it is closed"
         for lane in self._lanes.values():
@@ -373,6 +378,7 @@ class SharedMemoryTransport(InHalves):
         self._check_usable(exchange.phase)
         waited = 0.0  # not the time that this rank's own writing takes
         while exchange.busy:
+            self._check_interrupted(exchange.phase)
             if waited >= self.deadline_s:
                 self._time_out(exchange, {peer: lane.progress() for peer, lane in exchange.busy.items()})
             began = time.monotonic()
@@ -438,7 +444,13 @@ class SharedMemoryTransport(InHalves):
             phase=phase,
         )
 
+    def _check_interrupted(self, phase: str) -> None:
+        if self._interrupted is not None:
+            self._unusable = self._unusable or self._interrupted
+            raise ViewPassed(f"rank {self.rank}, phase {phase}: {self._interrupted}")
+
     def _check_usable(self, phase: str) -> None:
+        self._check_interrupted(phase)
         if self._unusable is not None:
             raise RuntimeError(f"{phase}: the transport cannot be used any more: {self._unusable}")
 
@@ -570,6 +582,7 @@ class _Rows:
         transport, post = self.transport, self.post
         deadline_s = transport.deadline_s
         while not self._all_there(min(SLICE_S, deadline_s)):
+            transport._check_interrupted(self.phase)
             waited_s = 1e-9 * int(post.waited_ns.max())
             for peer in post.missing():
                 transport._step(self, peer, transport._lanes[peer].check)

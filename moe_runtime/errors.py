@@ -8,6 +8,7 @@ from .core.errors import (
     PeerLost,
     PeerTimeout,
     VendorUnavailable,
+    ViewPassed,
 )
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "PeerLost",
     "PeerTimeout",
     "VendorUnavailable",
+    "ViewPassed",
 ]

@@ -9,6 +9,7 @@ __all__ = [
     "PeerLost",
     "PeerTimeout",
     "VendorUnavailable",
+    "ViewPassed",
 ]
 
 
@@ -56,3 +57,7 @@ class PeerTimeout(MoeRuntimeError, TimeoutError):
         self.waiting_rank = waiting_rank
         self.ranks = ranks
         self.phase = phase
+
+
+class ViewPassed(MoeRuntimeError):
+    """What was begun in a view cannot be finished: a newer one was announced meanwhile. See Runtime.recover."""

@@ -1,0 +1,154 @@
+"""The coordinator as a process of its own: `python -m moe_runtime.control.server`, its settings a line of JSON on stdin.
+
+It ends when the job is over, or when its stdin ends: whoever started it is gone then. What happens is written to
+events.jsonl in the job's folder of logs, hang reports to hang-N.json beside it, and printed once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import sys
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..comm.locks import job_keys, listens
+from ..comm.messages import open_socket, pack, unpack, zmq
+from .coordinator import Coordinator
+from .words import MAX_BYTES, PROTOCOL
+
+TICK_S = 0.05
+_LAST_WORDS_S = 3.0  # for ranks to have heard that the job is over
+
+
+@dataclass(frozen=True)
+class Settings:
+    """size: ranks the job starts with. returning: an earlier coordinator of this job has ended."""
+
+    address: str
+    port: int
+    secret: str
+    size: int
+    silence_s: float
+    log_dir: str
+    returning: bool = False
+
+    @staticmethod
+    def from_json(text: str) -> Settings:
+        table = json.loads(text)
+        return Settings(**{field.name: table[field.name] for field in fields(Settings) if field.name in table})
+
+
+def serve(settings: Settings, lifeline: int) -> int:
+    """Run until the job is over; the exit code: 0, or 1 where it had to stop, 3 where nobody needs it any more."""
+    context = zmq.Context()
+    door = open_socket(context, zmq.ROUTER)
+    door.maxmsgsize = MAX_BYTES
+    door.router_handover = True  # a rank that comes back over a new connection is the same rank
+    listens(door, job_keys(bytes.fromhex(settings.secret)))
+    _bind(door, f"tcp://{settings.address}:{settings.port}")
+    now = time.monotonic()
+    coordinator = Coordinator(settings.size, settings.silence_s, now, settings.returning)
+    log = Log(Path(settings.log_dir))
+    ticked, over_at = 0.0, 0.0
+    while not over_at or now - over_at < _LAST_WORDS_S:
+        got = door.poll(TICK_S * 1000)
+        now = time.monotonic()
+        out = []
+        if got:
+            sender, *frames = door.recv_multipart()
+            try:
+                message = unpack(frames[0]) if len(frames) == 1 else None
+            except ValueError:
+                message = None
+            out += coordinator.receive(sender, message, now)
+        if now - ticked >= TICK_S:
+            ticked = now
+            out += coordinator.tick(now)
+            if select.select([lifeline], [], [], 0)[0] and not os.read(lifeline, 4096):
+                return 3
+            if coordinator.state == "stopping" and not over_at:
+                over_at = now
+        for to, answer in out:
+            if to:
+                door.send_multipart([to, pack({"protocol": PROTOCOL, **answer})])
+        log.write(coordinator)
+    door.close(linger=500)
+    context.term()
+    return 1 if coordinator.why else 0
+
+
+def _bind(door: zmq.Socket, where: str) -> None:
+    ends = time.monotonic() + 5.0
+    while True:
+        try:
+            door.bind(where)
+            return
+        except zmq.ZMQError:  # an earlier coordinator's port, for a moment
+            if time.monotonic() > ends:
+                raise
+        time.sleep(0.02)
+
+
+class Log:
+    """Events as JSON lines, hang reports as files of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._file = (folder / "events.jsonl").open("a", encoding="utf-8")
+
+    def write(self, coordinator: Coordinator) -> None:
+        """What is new."""
+        for event in coordinator.events:
+            self._file.write(json.dumps({**event, "at": time.time()}) + "\n")
+            if told := in_words(event):
+                print(f"moe-launch: {told}", file=sys.stderr, flush=True)
+        if coordinator.events:
+            self._file.flush()
+        for report in coordinator.reports:
+            path = self._next()
+            path.write_text(json.dumps(report, indent=1))
+            print(f"moe-launch: {report_in_words(report)}\nmoe-launch: stacks of all ranks: {path}", file=sys.stderr)
+        coordinator.events, coordinator.reports = [], []
+
+    def _next(self) -> Path:
+        number = len(list(self._folder.glob("hang-*.json"))) + 1
+        return self._folder / f"hang-{number}.json"
+
+
+def in_words(event: dict[str, Any]) -> str:
+    """An event for people, or "" for what only the log needs."""
+    match event["event"]:
+        case "view":
+            return f"view {event['number']}: ranks {', '.join(map(str, event['members']))} ({event['why']})"
+        case "settled" if event["outage_s"]:
+            return f"view {event['view']}: all its ranks work again after {event['outage_s']:.2f} s"
+        case "note":
+            return f"rank {event['rank']}: {event['note']}"
+        case "drain":
+            return f"rank {event['rank']} is being drained"
+        case "coordinator":
+            return f"the coordinator has come back, in view {event['view']}"
+        case "end" if event["why"]:
+            return event["why"]
+    return ""
+
+
+def report_in_words(report: dict[str, Any]) -> str:
+    """A hang report in a few lines."""
+    lines = [f"hang in view {report['view']}:"]
+    for wait in report["waits"]:
+        at = ", ".join(f"{name} {value}" for name, value in wait["at"].items())
+        lines.append(f"  rank {wait['rank']} waited for {wait['for']} ({at}): {wait['why']}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    return serve(Settings.from_json(sys.stdin.readline()), 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
