@@ -48,7 +48,7 @@ def connect(
     Raises PeerTimeout when some rank has not come within `timeout_s`, ConfigError when the address cannot be used.
     """
     one_machine = world.local_size == world.size
-    if kind == "auto" and one_machine and _can_share_memory(place):
+    if kind == "auto" and one_machine and can_share_memory(place):
         kind = "shm"
     if (kind == "zeromq" or (kind == "islands" and bridge_kind == "zeromq")) and world.size > 1:
         joined = bridge.meet(world.rank, world.size, *_meeting_point(world, timeout_s), timeout_s, about or {})
@@ -84,7 +84,7 @@ def connect(
     return _over_group(place, timeout_s, kind)
 
 
-def _can_share_memory(place: Place) -> bool:
+def can_share_memory(place: Place) -> bool:
     """Whether CPU ranks of one machine had better use shm; a group that the caller has made already is used."""
     if place.device.type != "cpu" or dist.is_initialized() or not hasattr(os, "memfd_create"):
         return False

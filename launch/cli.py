@@ -215,6 +215,10 @@ def _launch(
     print(f"moe-launch: {len(ranks)} rank{'s'[: len(ranks) != 1]}, logs in {log_dir}", file=sys.stderr)
     record = records.write(log_dir.name, engine="local", log_dir=str(log_dir.absolute()))
     settings = {"shutdown_timeout": options.shutdown_timeout, "clean_stdout": clean_stdout, "tee": options.tee}
+    if options.on_loss != "fail":
+        ended = run_ranks(ranks, log_dir, **settings, keep=_keeper(options, len(ranks), log_dir, record))
+        records.end(record, ended.code)
+        return ended.code
     ended = run_ranks(ranks, log_dir, **settings)
     for attempt in range(1, options.max_restarts + 1):
         if not ended.may_restart:
@@ -225,6 +229,19 @@ def _launch(
         ended = run_ranks(_plan_ranks(options, cluster, job, target, attempt), logs, **settings)
     records.end(record, ended.code)
     return ended.code
+
+
+def _keeper(options: argparse.Namespace, size: int, log_dir: Path, record: Path) -> Callable[..., Any]:
+    """What makes the keeper of a job that survives losses (keeper.py: zmq and msgpack, which others do not need)."""
+    from .keeper import Keeper, Survival
+
+    def make(events: Any) -> Keeper:
+        survival = Survival(options.on_loss, options.silence, options.max_restarts)
+        keeper = Keeper(survival, size, "127.0.0.1", free_port(), log_dir, events)
+        records.add(record, coordinator=[keeper.address, keeper.port], secret=keeper.secret)
+        return keeper
+
+    return make
 
 
 def _launch_nodes(

@@ -144,6 +144,11 @@ class Rebalancer:
             failed = f"rank {self.transport.rank} has no memory for it ({str(error).splitlines()[0]})"
         return first_problem(self.transport, failed, "rebalance (memory)")
 
+    def follow(self, transport: Transport, speeds: Sequence[float]) -> None:
+        """A new view is in force: what was under way is not, and looks begin anew, on all ranks alike."""
+        self._end()
+        self.transport, self.speeds, self._passes_at_look = transport, list(speeds), self.passes
+
     def finish(self) -> None:
         """Do the rest of a migration at once. Every rank calls; while training, before the optimizer's step."""
         migration = self.migration

@@ -281,7 +281,8 @@ class Coordinator:
     def _announce(
         self, members: tuple[int, ...], why: str, now: float, at_boundary: bool, lost: Sequence[int] = ()
     ) -> None:
-        self.view = View(self.view.number + 1, members, why, at_boundary)
+        taken = [self.view.number, *(rank.phase.get("view", 0) for rank in self.ranks.values())]
+        self.view = View(max(n for n in taken if isinstance(n, int)) + 1, members, why, at_boundary)
         self._posts, self._losses, self._hang = {}, {}, None
         if not at_boundary and not self._lost_at:
             self._lost_at = now
@@ -340,6 +341,8 @@ class Coordinator:
         told: Message = {"draining": sorted(self._draining)}
         if view.number and (rank.number in view.members or rank.view):
             told["view"] = [view.number, list(view.members), view.why, view.at_boundary]
+        elif view.number:
+            told["joins"] = True
         return told
 
     def _to_all(self) -> Out:

@@ -50,6 +50,7 @@ class Member:
         self.on_view: Callable[[Notice], None] = lambda notice: None
         self.draining: list[int] = []
         self.stopped: str | None = None  # why the job is to end
+        self.joins = False  # the job has begun, and this rank is not in it yet
         self.settled_in = 0
         self._mark = secrets.token_hex(8)
         self._newest: Notice | None = None
@@ -79,6 +80,12 @@ class Member:
     def may_act(self) -> bool:
         """Whether nobody can have gone on without this rank yet: asked before writing where others may write."""
         return time.monotonic() - self._acknowledged < LEASE * self.silence_s
+
+    def first_view(self, deadline_s: float) -> Notice | None:
+        """The view that the job begins with, or None where it has begun without this rank. Raises as await_view."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.joins or self._newest or self.stopped is not None, deadline_s)
+        return None if self.joins and self.stopped is None else self.await_view(0, 0.0)
 
     def await_view(self, after: int, deadline_s: float) -> Notice:
         """The newest view with a number above `after`. Raises PeerTimeout, or MoeRuntimeError where the job is to end."""
@@ -242,6 +249,9 @@ class Member:
         self._acknowledged = max(self._acknowledged, message["time"] or self._acknowledged)
         self.draining = message.get("draining", self.draining)
         with self._changed:
+            if message.get("joins") and not self.joins:
+                self.joins = True
+                self._changed.notify_all()
             if "stop" in message and self.stopped is None:
                 self.stopped = message["stop"]
                 self._changed.notify_all()

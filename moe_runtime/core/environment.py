@@ -47,6 +47,7 @@ _OTHER_LAUNCHERS = (
 _LAUNCHER_PID = "MOE_RUNTIME_LAUNCHER_PID"
 OUTPUT = "MOE_RUNTIME_OUTPUT"  # a folder with the pipes that a node's ranks write to
 RESTARTS = "MOE_RUNTIME_RESTARTS"  # how often a job was started again, and how often at most: "1/3"
+SURVIVAL = "MOE_RUNTIME_SURVIVAL"  # the file that says where a job's coordinator is (survival.py)
 ENGINE_JOB = "MOE_RUNTIME_JOB"  # a job, for agents that an engine starts without a stdin of their own
 FIRST_NODE = "MOE_RUNTIME_FIRST_NODE"  # the number of the first node of this pool of pods
 
@@ -191,6 +192,12 @@ def take_output() -> tuple[str, str] | None:
     folder = os.environ.pop(OUTPUT, "")
     local_rank = os.environ.get("LOCAL_RANK", "")
     return (f"{folder}/{local_rank}.out", f"{folder}/{local_rank}.err") if folder and local_rank.isdigit() else None
+
+
+def survival_file() -> Path | None:
+    """Where the launcher wrote how to reach this job's coordinator; None for jobs without one."""
+    text = os.environ.get(SURVIVAL, "")
+    return Path(text) if text else None
 
 
 def take_restarts() -> None:
