@@ -36,7 +36,9 @@ def add_launch_options(group: Any) -> None:
     add(group, "-t", "--tee", type=_streams, metavar="WHICH", help=shown)
     again = "start all ranks again, at most N times, when one fails; they take up what they saved (default: 0)"
     add(group, "--max-restarts", type=count, default=0, metavar="N", help=again)
-    lost = "when a rank is lost: fail; or go on with the others, its experts from their replicas (replica), read from the "
+    lost = (
+        "when a rank is lost: fail; or go on with the others, its experts from their replicas (replica), read from the "
+    )
     lost += "checkpoint again (reload), or left out (renormalise: other results, said). --max-restarts then starts the "
     lost += "lost ranks alone again (default: fail)"
     add(group, "--on-loss", choices=ON_LOSS, default="fail", help=lost)

@@ -36,8 +36,8 @@ from .experts import compute, dense
 from .experts.placement import load_plan, proportional
 from .experts.routing import ReplicaChooser
 from .layer import experts_modules
-from .model import empty_model, expert_layers, read_config, shard_experts
 from .migration import columns_of
+from .model import empty_model, expert_layers, read_config, shard_experts
 from .pays import Pays
 from .rebalance import Policy, Rebalancer
 from .recorder import Recorder

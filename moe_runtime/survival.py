@@ -133,9 +133,7 @@ class _Table:
 
     def set(self, key: str, value: str) -> None:
         name = key.rpartition("/")[0]
-        values = self._survival.member.exchange(
-            self._survival.entered, name, value.encode(), self._survival.timeout_s
-        )
+        values = self._survival.member.exchange(self._survival.entered, name, value.encode(), self._survival.timeout_s)
         self._values = {f"{name}/{place}": one for place, one in enumerate(values)}
 
     def wait(self, keys: list[str], timeout: timedelta) -> None:

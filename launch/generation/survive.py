@@ -161,4 +161,3 @@ def show(path: Path) -> None:
         record = json.loads(line)
         if "text" in record:
             print(f"{record['prompt']}{record['text']}", flush=True)
-

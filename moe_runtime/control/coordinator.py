@@ -78,6 +78,7 @@ class Coordinator:
         self._hang: Message | None = None
         self._lost_at = 0.0
         self._claims: list[View] = []
+        self._ended_meanwhile: dict[int, str] = {}  # ranks that ended while there was no coordinator
         self._can_recover = False  # all ranks have loaded, and have said that they take up new views from here on
 
     # ---- messages -------------------------------------------------------------------------------------------------
@@ -259,7 +260,7 @@ class Coordinator:
     def _return(self, now: float) -> None:
         """Started again: go on with the newest view that anyone was in, once its members are back or late."""
         newest = max(self._claims, key=lambda view: view.number, default=None)
-        here = newest is not None and all(number in self.ranks for number in newest.members)
+        here = newest is not None and all(n in self.ranks or n in self._ended_meanwhile for n in newest.members)
         if not here and now - self._began < max(RETURN_S, self.silence_s):
             return
         if newest is None:  # nobody was in a view yet
@@ -274,6 +275,9 @@ class Coordinator:
                 self.ranks[number].state = "member"
             else:
                 self.ranks[number] = _Rank(number, "", b"", "", 0, self._began, "member")
+        for number, how in self._ended_meanwhile.items():
+            if number in newest.members and not self.ranks[number].mark:
+                self._gone(self.ranks[number], how, now, certain=True)
         self._event("coordinator", now, view=newest.number, members=list(newest.members))
 
     # ---- decisions ------------------------------------------------------------------------------------------------
@@ -284,7 +288,7 @@ class Coordinator:
         taken = [self.view.number, *(rank.phase.get("view", 0) for rank in self.ranks.values())]
         self.view = View(max(n for n in taken if isinstance(n, int)) + 1, members, why, at_boundary)
         self._posts, self._losses, self._hang = {}, {}, None
-        if not at_boundary and not self._lost_at:
+        if lost and not self._lost_at:
             self._lost_at = now
         for rank in self.ranks.values():
             rank.report, rank.stacks = None, None
@@ -322,6 +326,8 @@ class Coordinator:
             self._gone(rank, how, now, certain=True)
         elif rank is None and self.state == "starting":
             self._stop(f"rank {number} {how} before the job began", now)
+        elif rank is None and self.state == "returning":
+            self._ended_meanwhile[number] = how
 
     def _settled(self) -> bool:
         return all(self.ranks[n].view == self.view.number for n in self.view.members if n in self.ranks)
@@ -432,7 +438,9 @@ class Coordinator:
                         "pid": rank.pid,
                         "heard_s": round(now - rank.heard, 3),
                         "at": (rank.stacks or {}).get("state", rank.phase),
-                        "stacks": (rank.stacks or {}).get("text", "no answer: the whole process is stopped, or cut off"),
+                        "stacks": (rank.stacks or {}).get(
+                            "text", "no answer: the whole process is stopped, or cut off"
+                        ),
                     }
                     for rank in members
                 ],

@@ -91,7 +91,8 @@ class Member:
         """The newest view with a number above `after`. Raises PeerTimeout, or MoeRuntimeError where the job is to end."""
         with self._changed:
             arrived = self._changed.wait_for(
-                lambda: self.stopped is not None or (self._newest is not None and self._newest.number > after), deadline_s
+                lambda: self.stopped is not None or (self._newest is not None and self._newest.number > after),
+                deadline_s,
             )
         if self.stopped is not None:
             raise MoeRuntimeError(f"rank {self.number}: {self.stopped}")
