@@ -25,7 +25,7 @@ from . import records
 from .generation import options as generation
 from .local import Rank, run_ranks
 from .machine import available_cores, free_port
-from .options import BothSpellings, Parser, PassOn, add, add_launch_options, seconds
+from .options import BothSpellings, Parser, PassOn, add, add_launch_options, seconds, whole_number
 from .toml import read_toml
 from .worker import USER_ERROR_CODE, USER_ERRORS, one_line
 
@@ -73,6 +73,9 @@ The exit code is 3 where the job is not running.""",
     "stop": """examples:
   moe-launch stop generate-20261124-120000-1f2e
 Works on every host that has a part in the job; ranks get SIGTERM, and SIGKILL after the job's --shutdown-timeout.""",
+    "drain": """examples:
+  moe-launch drain generate-20261124-120000-4711 2
+For jobs that were started with --on-loss.""",
     "check": """examples:
   moe-launch check
   moe-launch check --vendor ascend --json > report.json
@@ -169,6 +172,12 @@ def _jobs_here(options: argparse.Namespace) -> int:
     from . import status
 
     return status.status(options) if options.name == "status" else status.stop(options)
+
+
+def _drain(options: argparse.Namespace) -> int:
+    from . import status
+
+    return status.drain(options)
 
 
 def _job_arguments(options: argparse.Namespace) -> list[str]:
@@ -391,6 +400,15 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("job", metavar="JOB", nargs=nargs, help="as the launcher printed it")
         added.add_argument("--json", action="store_true", help="one JSON object on stdout")
         added.add_argument("--timeout", type=seconds, default=60.0, metavar="SECONDS", help="of the wait for its end")
+
+    what = "Have a rank leave a running job; its experts and its work go to the others."
+    drained = commands.add_parser("drain", help=what, description=what, epilog=_EXAMPLES["drain"])
+    drained.set_defaults(command=_drain)
+    drained.add_argument("job", metavar="JOB", help="as the launcher printed it")
+    drained.add_argument("rank", metavar="RANK", type=whole_number(0), help="the rank's number")
+    drained.add_argument(
+        "--timeout", type=seconds, default=300.0, metavar="SECONDS", help="of the wait for its leaving"
+    )
 
     commands.add_parser("bench", help="Measure on this machine; see moe-launch bench --help.")
     return parser

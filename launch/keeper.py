@@ -33,7 +33,7 @@ _QUICK_S, _QUICK_ENDS = 2.0, 5  # a coordinator that ends so soon, so often, is 
 
 @dataclass(frozen=True)
 class Survival:
-    """on_loss: see survival.ON_LOSS; silence_s: of a rank, before it is taken for lost. restarts: of lost ranks, in all."""
+    """on_loss: of words.ON_LOSS. silence_s: of a rank, before it is taken for lost. restarts: of lost ranks, in all."""
 
     on_loss: str
     silence_s: float

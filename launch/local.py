@@ -74,8 +74,8 @@ def run_ranks(
 
     Its code: 0 when every rank ended with 0; the first failing rank's exit code, or 128 + the signal that killed it;
     128 + the signal that the launcher itself got. With `clean_stdout` only the first rank's stdout reaches stdout, byte
-    for byte, and everything else goes to stderr. tee: which lines are shown (is_shown). keep: of a job that survives the
-    loss of ranks: makes its keeper, which is given the events; then the coordinator says when the job is over. Raises
+    for byte, and everything else goes to stderr. tee: which lines are shown (is_shown). keep: of a job that survives
+    losses: makes its keeper, which is given the events; then the coordinator says when the job is over. Raises
     ConfigError when a rank or a log cannot be started.
     """
     events: queue.SimpleQueue[Any] = queue.SimpleQueue()  # a rank that ended, a signal's number, or a keeper's word
@@ -206,8 +206,8 @@ def _keep(
     start_rank: Callable[[int, Rank], None],
     shutdown_timeout: float,
 ) -> Over | _Running | int | None:
-    """What ends a job that survives losses: the coordinator's word, a mistake of the user's, or a signal. Lost ranks are
-    started again while `restarts` lasts."""
+    """What ends a job that survives losses: the coordinator's word, a mistake of the user's, or a signal. Lost ranks
+    are started again while `restarts` lasts."""
     restarts, over, ends = keeper.survival.restarts, None, float("inf")
     while time.monotonic() < ends:
         try:

@@ -57,7 +57,7 @@ def placement_of(held: Sequence[Held], num_experts: int) -> Placement:
 def after_loss(
     found: Placement, on_loss: str, speeds: Sequence[float], room: Sequence[int | None], load: np.ndarray, reads: bool
 ) -> tuple[Placement, str]:
-    """The placement to go on with, and what people are told. load [L, E]: tokens so far. reads: weights can be read again.
+    """The placement to go on with, and what people are told. load [L, E]: tokens so far. reads: from a checkpoint.
 
     Raises ConfigError where the user's choice does not let the job go on.
     """
@@ -66,8 +66,8 @@ def after_loss(
     lost = int(found.absent.sum())
     if on_loss == "renormalise":
         return found, (
-            f"WARNING: {found.say_absent()}; tokens go on without them, the weights of their other experts renormalised: "
-            "results differ from here on"
+            f"WARNING: {found.say_absent()}; tokens go on without them, the weights of their other experts "
+            "renormalised: results differ from here on"
         )
     if on_loss != "reload":
         raise ConfigError(f"--on-loss {on_loss}: {found.say_absent()}; plan replicas, or give --on-loss reload")

@@ -27,7 +27,7 @@ class News:
 @dataclass
 class Known:
     """What a rank knows when a view begins. held: lines of its sequences. done: its own results that not all ranks have
-    for certain, and those that it got in the last round. since: the view in which it came. sink: it writes the results."""
+    for certain, and those of the last round. since: the view in which it came. sink: it writes the results."""
 
     held: list[int]
     done: list[Result]
@@ -106,7 +106,7 @@ class Ledger:
         return new
 
     def agree(self, sure: Iterable[int]) -> None:
-        """Exactly these lines are done: what the rank that writes the results has, or has written. Same on all ranks."""
+        """Exactly these lines are done: what the rank that writes the results has, or has written; alike on all ranks."""
         self.done = {number: self.done.get(number) for number in sure}
         taken = set().union(*self.held)
         self.waiting = deque(n for n in self.requests if n not in self.done and n not in taken)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import moe_runtime
@@ -46,6 +47,7 @@ class SurvivingGeneration:
         self._said: dict[int, int] = {}  # how many tokens of its sequences the others have been told of
         self._closed: set[int] = set()
         self._spreads = False  # a rank has come that held nothing
+        self._slots: list[int] = []  # of each rank, in the latest round
         self._passes = min(PASSES, batch.settings.max_new_tokens)
 
     def run(self) -> bool:
@@ -142,9 +144,15 @@ class SurvivingGeneration:
         runtime = self.runtime
         if runtime.size > 1 and (self._spreads or self._closed):
             runtime.spread(self._model, sorted(self._closed))
-        for rank in self._closed if runtime.rank == 0 else ():
-            slots = runtime.view.placement.rank_slots(rank)
-            if slots.start == slots.stop:
+        if runtime.rank != 0:
+            return
+        placement = runtime.view.placement
+        slots = np.bincount(placement.slot_rank, minlength=runtime.size).tolist()
+        if len(slots) == len(self._slots) and slots != self._slots:
+            runtime.ready(self._model, [f"experts have moved: slots per rank {self._slots} before, {slots} now"])
+        self._slots = slots
+        for rank in self._closed:
+            if not slots[rank]:
                 runtime.drained(rank)
 
 

@@ -105,7 +105,9 @@ class Coordinator:
             return [(sender, {"kind": "again"})]  # say hello first: this coordinator does not know it yet
         rank.sender, rank.heard = sender, now
         getattr(self, f"_on_{kind}")(rank, message, now)
-        out = [] if kind != "beat" else [(sender, {"kind": "heard", "time": message["time"], **self._told(rank)})]
+        if kind == "beat":  # most messages are beats: what time brings is looked at in `tick` alone
+            return [(sender, {"kind": "heard", "time": message["time"], **self._told(rank)})]
+        out: Out = []
         if kind == "post":
             out = self._table(message["key"], message["view"])
         return [*out, *self.tick(now)]
@@ -199,7 +201,7 @@ class Coordinator:
         return out
 
     def _weigh_reports(self, members: list[_Rank], now: float) -> Out:
-        """Whom to believe: a rank that others wait for and that reports nobody itself is stuck, or cannot be reached."""
+        """Whom to believe: a rank that others wait for and that reports nobody itself is stuck, or out of reach."""
         reports = [rank for rank in members if rank.report is not None]
         if not reports or self._losses or self._fencing:
             return []

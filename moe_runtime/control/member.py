@@ -88,7 +88,7 @@ class Member:
         return None if self.joins and self.stopped is None else self.await_view(0, 0.0)
 
     def await_view(self, after: int, deadline_s: float) -> Notice:
-        """The newest view with a number above `after`. Raises PeerTimeout, or MoeRuntimeError where the job is to end."""
+        """The newest view with a number above `after`. Raises PeerTimeout; MoeRuntimeError where the job is to end."""
         with self._changed:
             arrived = self._changed.wait_for(
                 lambda: self.stopped is not None or (self._newest is not None and self._newest.number > after),

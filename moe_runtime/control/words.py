@@ -1,4 +1,4 @@
-"""What is said on the control plane: every kind of message, its fields and their types; and how long things may take."""
+"""What is said on the control plane: every kind of message, its fields and their types."""
 
 from __future__ import annotations
 
