@@ -167,6 +167,8 @@ class Rebalancer:
         for word in ("num_layers", "num_experts", "num_ranks"):
             if getattr(new, word) != getattr(old, word):
                 return f"rebalance: the placement has {word} = {getattr(new, word)}, the model {getattr(old, word)}"
+        if old.absent is not None and (new.absent is None or (old.absent & ~new.absent).any()):
+            return f"rebalance: {old.say_absent()}: it cannot travel, and must be read again (refit.py)"
         return ""
 
     def _travel(self, migration: Migration) -> bool:
