@@ -10,7 +10,7 @@ import copy
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def fill_from_checkpoint(
     else quantised here. Raises CheckpointError for a missing tensor, a missing expert, a wrong shape or an unreadable
     file.
     """
-    source = _Sources(model, reader)
+    source = Sources(model, reader)
     experts = {f"{name}.": module for name, module in experts_modules(model).items()}
     dtype_of = _dtype_rule(model, dtype)
     total = len(source.keys_of)
@@ -61,7 +61,7 @@ def fill_from_checkpoint(
     return source.unexpected
 
 
-class _Sources:
+class Sources:
     """Which checkpoint keys make up each tensor of the model, and how."""
 
     def __init__(self, model: PreTrainedModel, reader: CheckpointReader) -> None:
@@ -128,6 +128,10 @@ class _Sources:
         """The checkpoint's keys that convert_expert reads."""
         return [keys.get(expert, next(iter(keys.values()))) for keys in self._by_pattern(target).values()]
 
+    def prepare(self, target: str) -> bool:
+        """Find an experts tensor's keys before an expert of it is asked for; whether there are any."""
+        return bool(self._by_pattern(target))
+
     def _by_pattern(self, target: str) -> dict[str | None, dict[int, str]]:
         if target in self._pattern_tables:
             return self._pattern_tables[target]
@@ -135,7 +139,7 @@ class _Sources:
         for pattern, key in self.keys_of[target]:
             numbers = [part for part in key.split(".") if part.isdigit()]
             table[pattern][int(numbers[-1]) if pattern is not None and "*" in pattern else 0] = key
-        self._pattern_tables = {target: table}  # experts of one tensor are asked for one after the other
+        self._pattern_tables[target] = table
         return table
 
     def _apply(self, target: str, parts: list[tuple[str | None, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -158,7 +162,7 @@ def _fill_experts(
     model: PreTrainedModel,
     module: Any,
     target: str,
-    source: _Sources,
+    source: Sources,
     dtype: torch.dtype,
     device: torch.device,
     rank: int,
@@ -174,12 +178,7 @@ def _fill_experts(
     part = empty_weights(meta.shape, torch.uint8 if form else stored, device)
     scales: list[torch.Tensor] = []
     for slot, expert in enumerate(placement.rank_experts(layer, rank)):
-        value, scale = _read_expert(source, target, expert, placement.num_experts, dtype, form)
-        if value.shape != part.shape[1:]:
-            raise CheckpointError(
-                f"{source.reader.folder}: expert {expert} of {target} has shape {list(value.shape)}, "
-                f"the model needs {list(part.shape[1:])}"
-            )
+        value, scale = read_expert(source, target, expert, placement.num_experts, part.shape[1:], dtype, form)
         part[slot].copy_(value)
         scales += [] if scale is None else [scale]
         del value
@@ -189,10 +188,31 @@ def _fill_experts(
     setattr(module, name, _parameter(part.view(stored), requires_grad=meta.requires_grad and not form))
 
 
-def _read_expert(
-    source: _Sources, target: str, expert: int, num_experts: int, dtype: torch.dtype, form: str | None
+def read_expert(
+    source: Sources,
+    target: str,
+    expert: int,
+    num_experts: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    form: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """One expert's matrix in `dtype`, or, with a form, its bytes (uint8) and scales."""
+    """One expert's matrix of an experts tensor `target`, in `dtype`, or, with a form, its bytes (uint8) and scales.
+
+    Raises CheckpointError where it is missing, unreadable or not of this shape.
+    """
+    value, scale = _convert_expert(source, target, expert, num_experts, dtype, form)
+    if value.shape != torch.Size(shape):
+        raise CheckpointError(
+            f"{source.reader.folder}: expert {expert} of {target} has shape {list(value.shape)}, "
+            f"the model needs {list(shape)}"
+        )
+    return value, scale
+
+
+def _convert_expert(
+    source: Sources, target: str, expert: int, num_experts: int, dtype: torch.dtype, form: str | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     reader = source.reader
 
     def whole(kind: torch.dtype) -> torch.Tensor:
