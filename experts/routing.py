@@ -85,6 +85,14 @@ def lost_selections(topk_ids_TK: torch.Tensor, slots_TK: torch.Tensor) -> torch.
     return (slots_TK < 0) & (topk_ids_TK.to(slots_TK.device) >= 0)
 
 
+def refuse_lost(topk_ids_TK: torch.Tensor, lost_TK: torch.Tensor, where: str, cure: str) -> None:
+    """Raise ConfigError, naming token and expert, where a token has lost one."""
+    if lost_TK.any():
+        token, k = lost_TK.nonzero()[0].tolist()
+        expert = int(topk_ids_TK[token, k])
+        raise ConfigError(f"{where}: token {token} selects expert {expert}, which no rank holds; {cure}")
+
+
 def renormalise(topk_weights_TK: torch.Tensor, topk_ids_TK: torch.Tensor, lost_TK: torch.Tensor) -> torch.Tensor:
     """Weights [T, K] for what is left of each token's experts: 0 for the lost ones, the others scaled so that their
     sum is what the sum of all that were selected was. A token that lost all its experts has zeros; one that lost none

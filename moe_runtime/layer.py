@@ -23,7 +23,7 @@ from .core.errors import ConfigError
 from .core.placement import Placement
 from .core.spans import spans
 from .experts.compute import grouped_experts
-from .experts.routing import ReplicaChooser, lost_selections, renormalise
+from .experts.routing import ReplicaChooser, lost_selections, refuse_lost, renormalise
 from .turns import note_states, pass_turn
 
 if TYPE_CHECKING:
@@ -160,12 +160,9 @@ def weights_of_the_rest(
     Raises ConfigError where a token lacks an expert and nobody has chosen to go on without.
     """
     lost_TK = lost_selections(topk_ids_TK, slots_TK)
-    if not layer.renormalise and lost_TK.any():
-        token, k = lost_TK.nonzero()[0].tolist()
-        raise ConfigError(
-            f"expert layer {layer.index}: token {token} selects expert {int(topk_ids_TK[token, k])}, which no rank "
-            "holds; read it from the checkpoint (refit.py), or choose to renormalise the weights of the others"
-        )
+    if not layer.renormalise:
+        cure = "read it from the checkpoint (refit.py), or choose to renormalise the weights of the others"
+        refuse_lost(topk_ids_TK, lost_TK, f"expert layer {layer.index}", cure)
     layer.lacking.add(lost_TK)
     return renormalise(topk_weights_TK, topk_ids_TK, lost_TK)
 

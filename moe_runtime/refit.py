@@ -27,6 +27,7 @@ from .migration import columns_of
 
 _FORM_OF = {dtype: form for form, dtype in FORMATS.items()}
 _SCALES = "_scale_inv"
+_STRAIGHT_FROM = 1 << 21  # bytes of a row: a huge page
 
 
 class Source:
@@ -42,21 +43,34 @@ class Source:
 
     def __init__(self, model: PreTrainedModel, folder: str | Path) -> None:
         self._reader = CheckpointReader(folder)
+        self._converted = 0
         try:
             self._sources = Sources(model, self._reader)
             for prefix, module in experts_modules(model).items():
                 for name in _weights_of(module):
-                    if not self._sources.prepare(f"{prefix}.{name}"):
-                        raise CheckpointError(f"{folder}: no tensor of the checkpoint is a part of {prefix}.{name}")
+                    self._prepare(f"{prefix}.{name}", module.moe_runtime_layer.placement.num_experts)
         except BaseException:
             self.close()
             raise
 
+    def _prepare(self, target: str, num_experts: int) -> None:
+        keys = self._sources.keys_of.get(target)
+        if not keys:
+            raise CheckpointError(f"{self._reader.folder}: no tensor of the checkpoint is a part of {target}")
+        self._converted += self._sources.parts_as_stored(target, num_experts) is None
+        for _, key in keys:
+            self._reader.open_raw(key)
+
+    def describe(self) -> str:
+        """How experts are read, in one line."""
+        how = f"{self._converted} tensors through transformers' conversion" if self._converted else "none converted"
+        return f"lost experts are read again from {self._reader.folder}, straight to their place ({how})"
+
     def read(
-        self, target: str, expert: int, num_experts: int, shape: Sequence[int], dtype: torch.dtype, form: str | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One expert's part of an experts tensor; see loading.read_expert."""
-        return read_expert(self._sources, target, expert, num_experts, shape, dtype, form)
+        self, target: str, expert: int, num_experts: int, out: torch.Tensor, dtype: torch.dtype, form: str | None
+    ) -> torch.Tensor | None:
+        """One expert's part of an experts tensor into `out`; see loading.read_expert."""
+        return read_expert(self._sources, target, expert, num_experts, out, dtype, form)
 
     def close(self) -> None:
         self._reader.close()
@@ -95,12 +109,12 @@ def refit(
             for slot, expert in missing:
                 for name in _weights_of(module):
                     change, scales = by_name[name], by_name.get(name + _SCALES)
-                    shape, dtype = change.before.shape[1:], change.before.dtype
+                    dtype, row = change.before.dtype, change.row(slot)
                     form = None if scales is None else _FORM_OF[dtype]
-                    value, scale = source.read(f"{prefix}.{name}", expert, new.num_experts, shape, dtype, form)
-                    change.arrived(slot, value)
+                    out = row.view(torch.uint8) if form else row
+                    scale = source.read(f"{prefix}.{name}", expert, new.num_experts, out, dtype, form)
                     if scales is not None:
-                        scales.arrived(slot, scale)
+                        scales.row(slot).copy_(scale)
             changes += tensors
             read += len(missing)
         for change in changes:
@@ -114,8 +128,8 @@ def refit(
 class _Change:
     """One parameter of a layer, from the old slots to the new ones.
 
-    kept [S]: for each new slot the old one, -1 where the row is read. rows: what has been read. On a CPU that is the
-    whole new tensor, of which only the pages that are written take memory; elsewhere the read rows alone.
+    kept [S]: for each new slot the old one, -1 where the row is read. rows: where rows are read to. With large rows on
+    a CPU that is the whole new tensor, of which only the pages that are written take memory; else the read rows alone.
     """
 
     module: Any
@@ -123,24 +137,25 @@ class _Change:
     before: torch.Tensor
     kept: np.ndarray
     rows: torch.Tensor
+    is_whole: bool  # rows are the new tensor
 
     @classmethod
     def of(cls, module: Any, name: str, old: Sequence[int], wanted: Sequence[int]) -> _Change:
         slots = {expert: slot for slot, expert in enumerate(old)}
         kept = np.array([slots.get(expert, -1) for expert in wanted], dtype=np.int64)
         before = getattr(module, name).data
-        count = len(wanted) if before.is_cpu else int((kept < 0).sum())
-        return cls(module, name, before, kept, _empty(before, count))
+        is_whole = before.is_cpu and before[:1].nbytes >= _STRAIGHT_FROM
+        count = len(wanted) if is_whole else int((kept < 0).sum())
+        return cls(module, name, before, kept, _empty(before, count), is_whole)
 
-    def arrived(self, slot: int, value: torch.Tensor) -> None:
-        at = slot if self.before.is_cpu else int((self.kept[:slot] < 0).sum())
-        row = self.rows[at]
-        (row.view(torch.uint8) if value.dtype == torch.uint8 else row).copy_(value)
+    def row(self, slot: int) -> torch.Tensor:
+        """Where the row of a new slot is read to."""
+        return self.rows[slot if self.is_whole else int((self.kept[:slot] < 0).sum())]
 
     def put(self) -> None:
         """Kept rows beside those that were read; the new parameter takes the old one's place."""
         after = self.rows
-        if not self.before.is_cpu:
+        if not self.is_whole:
             after = _empty(self.before, len(self.kept))
             for row, slot in zip(self.rows, np.flatnonzero(self.kept < 0).tolist(), strict=True):
                 after[slot].copy_(row)

@@ -11,12 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from families import FAMILIES as ALL_FAMILIES
 from families import write_checkpoint
 from ranks import run_ranks
 from test_checkpoint import write_fp8
 from test_rebalance import shuffled
 
 import moe_runtime
+from moe_runtime import loading
+from moe_runtime import refit as refit_module
 from moe_runtime.checkpoint import SINGLE
 from moe_runtime.core.placement import Placement
 from moe_runtime.errors import CheckpointError, ConfigError
@@ -76,8 +79,15 @@ def switch(runtime, model, old: Placement, new: Placement) -> None:
     runtime._switched(expert_layers(model), old, new)
 
 
-def lose_and_grow(folder: Path, before: Placement, survivors: list[int], options: dict) -> dict:
-    """This world is what is left of one of `before`'s ranks; it goes on with what it holds and reads the rest."""
+def lose_and_grow(folder: Path, before: Placement, survivors: list[int], options: dict, how: str = "") -> dict:
+    """This world is what is left of one of `before`'s ranks; it goes on with what it holds and reads the rest.
+
+    how: "large" treats rows as if they were large; "converted" reads all through transformers' conversion.
+    """
+    if how == "large":
+        refit_module._STRAIGHT_FROM = 0
+    if how == "converted":
+        loading._read_as_stored = lambda *arguments: False
     expected = np.load(folder.with_name("logits.npy")) if folder.with_name("logits.npy").exists() else None
     with moe_runtime.init({"timeout_s": 60}) as runtime, torch.no_grad():
         kept = keep(before, survivors)
@@ -94,7 +104,7 @@ def lose_and_grow(folder: Path, before: Placement, survivors: list[int], options
         if expected is not None:
             np.testing.assert_allclose(logits, expected[runtime.rank :], rtol=1e-5, atol=1e-5)
         lost = [len(kept.absent_experts(layer)) for layer in range(kept.num_layers)]
-        return {"read": read, "lost": sum(lost)}
+        return {"read": read, "lost": sum(lost), "described": source.describe()}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -106,9 +116,10 @@ def test_what_is_left_of_three_ranks_computes_what_one_process_does(checkpoint, 
     assert sum(result["read"] for result in results) == results[0]["lost"] > 0
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_layers_that_lose_different_experts_find_all_of_them_again(checkpoint, seed):
-    results = run_ranks(lose_and_grow, 2, checkpoint("gpt_oss"), shuffled(3, seed), [2, 0], {})
+@pytest.mark.parametrize("how", ["", "large", "converted"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_layers_that_lose_different_experts_find_all_of_them_again(checkpoint, family, how):
+    results = run_ranks(lose_and_grow, 2, checkpoint(family), shuffled(3, 1), [2, 0], {}, how)
     assert sum(result["read"] for result in results) >= results[0]["lost"] > 0
 
 
@@ -121,10 +132,11 @@ def test_replicas_that_survive_are_not_read(checkpoint, family):
     assert [result["read"] for result in run_ranks(lose_and_grow, 2, folder, before, [0, 2], {})] == [0, 0]
 
 
+@pytest.mark.parametrize("how", ["", "large", "converted"])
 @pytest.mark.parametrize("options", [{"keep_fp8": True}, {"expert_dtype": "int8"}, {}])
-def test_experts_in_8_bits_come_with_their_scales(tmp_path, options):
+def test_experts_in_8_bits_come_with_their_scales(tmp_path, options, how):
     folder = write_fp8(tmp_path / "model", hidden_size=256, moe_intermediate_size=128)
-    results = run_ranks(lose_and_grow, 2, folder, proportional(1, 16, [1, 1, 1]), [0, 2], options)
+    results = run_ranks(lose_and_grow, 2, folder, proportional(1, 16, [1, 1, 1]), [0, 2], options, how)
     assert sum(result["read"] for result in results) == 5
 
 
@@ -156,6 +168,69 @@ def test_ranks_that_come_read_their_part_and_others_let_go(checkpoint, family):
     layers, (first, second) = num_layers(checkpoint(family)), run_ranks(come_and_go, 2, checkpoint(family))
     assert first == [8 * layers, 8 * layers, 0]  # nothing before, then a half, then all
     assert second == [0, 4 * layers, 0]  # odd experts instead of the upper half: 4 are in both
+
+
+# ---------------------------------------------------------------- straight from the file
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_experts_read_straight_are_those_that_transformers_converts(tmp_path, family):
+    """Of every family, in its own dtype and in another; only where the stored bytes are wanted are they read so."""
+    write_checkpoint(tmp_path / "model", family)
+    with moe_runtime.init({"timeout_s": 60}) as runtime, Opened() as opened:
+        for dtype in (torch.float32, torch.bfloat16):
+            opened.straight, opened.count = True, 0
+            model = runtime.load_model(tmp_path / "model", dtype=dtype)
+            assert opened.count == (len(expert_tensors(model)) * 16 if dtype == torch.float32 else 0)
+            opened.straight = False
+            assert_same_experts(model, runtime.load_model(tmp_path / "model", dtype=dtype))
+
+
+class Opened:
+    """Counts experts' tensors that are read straight; or keeps them from it."""
+
+    def __enter__(self):
+        self.straight, self.count, self._way = True, 0, loading._read_as_stored
+        loading._read_as_stored = self.read
+        return self
+
+    def read(self, *arguments) -> bool:
+        done = self.straight and self._way(*arguments)
+        self.count += done
+        return done
+
+    def __exit__(self, *_):
+        loading._read_as_stored = self._way
+
+
+@pytest.mark.parametrize(
+    ("convert", "found"),
+    [
+        (lambda gate, up: torch.cat([gate, up]), ["gate", "up"]),
+        (lambda gate, up: torch.cat([up, gate]), ["up", "gate"]),
+        (lambda gate, up: torch.cat([gate, up]).t(), None),
+        (lambda gate, up: torch.stack([gate, up], 1).flatten(0, 1), None),  # interleaved
+        (lambda gate, up: torch.cat([gate, up * 2]), None),
+        (lambda gate, up: gate, None),
+        (lambda gate, up: torch.cat([gate, gate]), None),
+    ],
+)
+def test_what_is_more_than_joining_is_left_to_the_conversion(convert, found):
+    class Reader:
+        def shape(self, key: str) -> tuple[int, int]:
+            return (24, 48)
+
+    class Converting(loading.Sources):
+        def __init__(self) -> None:
+            self.reader, self.keys_of, self._as_stored = Reader(), {"experts": [("gate", "g"), ("up", "u")]}, {}
+
+        def _by_pattern(self, target):
+            return {"gate": {0: "g"}, "up": {0: "u"}}
+
+        def convert_expert(self, target, expert, num_experts, read):
+            return convert(read("g", None), read("u", None))
+
+    assert Converting().parts_as_stored("experts", 1) == found
 
 
 # ---------------------------------------------------------------- what fails

@@ -29,9 +29,11 @@ from moe_runtime.experts.replicas import BalancedChooser
 from moe_runtime.experts.routing import ReplicaChooser, lost_selections, renormalise
 from moe_runtime.layer import describe_lacking
 from moe_runtime.model import expert_layers
+from moe_runtime.optimizer import MasterAdamW, accumulate_in_float32
 from moe_runtime.pays import Pays
 from moe_runtime.rebalance import Look
 from moe_runtime.survive import admit, grow, keep
+from moe_runtime.training_state import Checkpoints
 
 FIELDS = ("slot_expert", "slot_rank", "slot_share", "absent")
 
@@ -352,6 +354,17 @@ def test_choosers_leave_out_what_nobody_holds(drawn, tokens, top_k, seed):
             assert torch.equal(lost_selections(ids, slots), (ids >= 0) & ~there)
 
 
+def test_callers_with_experts_of_their_own_are_told_what_nobody_holds():
+    with moe_runtime.init({"timeout_s": 30}) as runtime:
+        kept = keep(proportional(1, 4, [1, 1]), [0])
+        dispatcher = runtime.dispatcher(8, 4, 2, placement=kept)
+        x, weights = torch.ones(2, 8), torch.ones(2, 2)
+        with pytest.raises(ConfigError, match="dispatch: token 1 selects expert 3, which no rank holds; give -1 for"):
+            dispatcher.dispatch(x, torch.tensor([[0, 1], [0, 3]]), weights)
+        rows, handle = dispatcher.dispatch(x, torch.tensor([[0, 1], [0, -1]]), weights)
+        assert dispatcher.combine(rows, handle).tolist() == [[2.0] * 8, [1.0] * 8]
+
+
 def test_nothing_is_planned_or_moved_while_experts_are_absent():
     policy = Pays()
     look = Look(1, 100, lacking(), np.ones((2, 4)), np.array([1e-3, 1e-3]), [1000, 1000], 1e9)
@@ -467,6 +480,41 @@ def test_a_rank_without_slots_takes_part_like_any_other(checkpoint, size, positi
         assert result["norm"] == pytest.approx(float(norm), rel=1e-5)
     again = AutoModelForCausalLM.from_pretrained(checkpoint.with_name(f"again-{size}-{position}"))
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
+
+
+def train_without_slots(checkpoint: Path, dtype: torch.dtype, folder: Path) -> None:
+    """Rank 1 holds no expert while two steps are trained and saved; what is loaded again is the same, and moves."""
+    with moe_runtime.init({"timeout_s": 60}) as runtime:
+        placement, made = admit(proportional(2, 16, [1.0]), 2), []
+        for _ in range(2):
+            model = runtime.load_model(checkpoint, dtype=dtype, placement=placement).train()
+            accumulate_in_float32(model.parameters())
+            made.append((model, MasterAdamW(model.parameters(), lr=1e-3)))
+
+        def step(model, optimizer) -> None:
+            optimizer.zero_grad()
+            model(IDS[:1]).logits.float().logsumexp(-1).sum().backward()
+            runtime.sync_gradients(model)
+            optimizer.step()
+
+        (model, optimizer), (again, other) = made
+        step(model, optimizer)
+        step(model, optimizer)
+        checkpoints = Checkpoints(runtime, folder)
+        checkpoints.save(2, model, optimizer)
+        checkpoints.close()
+        assert Checkpoints(runtime, folder).load(again, other)["step"] == 2
+        runtime.rebalance(again, proportional(2, 16, [1.0] * 2), other, wait=True)
+        step(model, optimizer)
+        step(again, other)
+        runtime.rebalance(again, placement, other, wait=True)
+        for (name, one), two in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5 if dtype == torch.float32 else 1e-2, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rank_without_slots_trains_saves_and_is_given_experts(checkpoint, dtype, tmp_path):
+    run_ranks(train_without_slots, 2, checkpoint, dtype, tmp_path / "state")
 
 
 def without_experts(checkpoint: Path, renormalising: bool) -> list:
