@@ -106,7 +106,7 @@ class Ledger:
         return new
 
     def agree(self, sure: Iterable[int]) -> None:
-        """Exactly these lines are done: what the rank that writes the results has, or has written; alike on all ranks."""
+        """Exactly these lines are done: what the rank that writes results has, or has written; alike on all ranks."""
         self.done = {number: self.done.get(number) for number in sure}
         taken = set().union(*self.held)
         self.waiting = deque(n for n in self.requests if n not in self.done and n not in taken)
