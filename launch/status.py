@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..comm.locks import in_words
 from ..core.errors import ConfigError
 from . import records
 from .control import Link, Message
@@ -37,6 +38,8 @@ def status(options: argparse.Namespace) -> int:
     else:
         code = f", code {answer['code']}" if answer["state"] in ("stopping", "over") else ""
         print(f"{options.job}: {answer['state']}{code}")
+        if refused := in_words(answer.get("refused", {})):
+            print(f"  {refused}")
         for node in answer["nodes"]:
             heard = "not here yet" if node["heard_s"] is None else f"heard {node['heard_s']} s ago"
             ranks = ", ".join(f"rank {rank} {state}" for rank, state in node["ranks"].items())
