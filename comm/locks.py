@@ -39,7 +39,9 @@ class JobKeys:
 def job_keys(secret: bytes) -> JobKeys:
     """The keys that follow from a job's secret. Raises ConfigError where this ZeroMQ was built without CURVE."""
     if not zmq.has("curve"):
-        raise ConfigError("this pyzmq was built without CURVE (libsodium); install the wheel of PyPI: pip install pyzmq")
+        raise ConfigError(
+            "this pyzmq was built without CURVE (libsodium); install the wheel: pip install pyzmq"
+        )
     pairs = []
     for end in ("server", "client"):
         private = z85(hmac.digest(secret, f"moe-runtime curve {end}".encode(), hashlib.sha256))
@@ -48,7 +50,7 @@ def job_keys(secret: bytes) -> JobKeys:
 
 
 def listens(socket: zmq.Socket, keys: JobKeys, domain: str = "moe-runtime") -> None:
-    """Before bind: only who has the server's public key can speak to this socket, and whoever answers ZAP may refuse."""
+    """Before bind: only who has the server's public key can speak to this socket, and who answers ZAP may refuse."""
     socket.curve_server = True
     socket.curve_secretkey, socket.curve_publickey = keys.server_secret, keys.server_public
     socket.zap_domain = domain.encode()
@@ -110,7 +112,8 @@ def set_bounds(socket: zmq.Socket, most: int, backlog: int = 1024) -> None:
 
 # What a listening socket's monitor tells (zmq_socket_monitor(3)), in our words. The numbers of errors: zmq.h.
 _MECHANISM_MISMATCH, _CRYPTOGRAPHIC = 0x11000002, 0x11000001
-_ENDINGS = {errno.EAGAIN: "connections that said nothing", errno.ETIMEDOUT: "connections that said nothing"}
+_SILENT = (errno.EAGAIN, errno.ETIMEDOUT)
+NO_KEY, WITHOUT_KEY = "connections without a key", "connections without the job's key"
 
 
 class Tally:
@@ -125,6 +128,7 @@ class Tally:
         self._let_in = 0
         self._came: dict[int, int] = {}  # descriptor to how many had been let in before
         self._told = False  # of the connection whose end is the next event
+        self._denied = 0  # by the Doorkeeper, which has counted them; their end is still to come
 
     def event(self, kind: int, value: int) -> None:
         if kind == zmq.EVENT_ACCEPTED:
@@ -132,25 +136,28 @@ class Tally:
         elif kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._let_in += 1
         elif kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-            self._told = True  # counted when the Doorkeeper said no
+            self._denied += 1
+        elif kind == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and self._denied and value not in _SILENT:
+            self._denied, self._told = self._denied - 1, True
         elif kind == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
-            self._refuse(_ENDINGS.get(value, "connections that broke off"))
+            # A client without a key may see first that the two do not fit, and leave.
+            self._refuse("connections that said nothing" if value in _SILENT else NO_KEY)
         elif kind == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
-            reasons = {_MECHANISM_MISMATCH: "connections without a key", _CRYPTOGRAPHIC: WITHOUT_KEY}
+            reasons = {_MECHANISM_MISMATCH: NO_KEY, _CRYPTOGRAPHIC: WITHOUT_KEY}
             self._refuse(reasons.get(value, "connections with a broken handshake"))
         elif kind == zmq.EVENT_ACCEPT_FAILED:
             self.refused["connections for lack of open files"] += 1
         elif kind == zmq.EVENT_DISCONNECTED:
-            if self._came.pop(value, -1) == self._let_in and not self._told:
+            never_in = self._came.pop(value, -1) == self._let_in and not self._told
+            if never_in and self._denied:
+                self._denied -= 1
+            elif never_in:
                 self.refused["connections that were not ZeroMQ"] += 1
             self._told = False
 
     def _refuse(self, reason: str) -> None:
         self.refused[reason] += 1
         self._told = True
-
-
-WITHOUT_KEY = "connections without the job's key"
 
 
 def in_words(refused: Mapping[str, int]) -> str:
@@ -165,7 +172,7 @@ def refusal(mechanism: bytes, credentials: Sequence[bytes], keys: JobKeys, passe
         return "" if hmac.compare_digest(z85(credentials[0]), keys.client_public) else WITHOUT_KEY
     if mechanism == b"PLAIN" and len(credentials) == 2 and passes is not None:
         return passes.refusal(credentials[0].decode("ascii", "replace"), credentials[1])
-    return "connections without a key"
+    return NO_KEY
 
 
 class Doorkeeper:

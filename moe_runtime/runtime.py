@@ -74,7 +74,9 @@ class Runtime:
         about = {"moe_runtime": PROTOCOL, "cluster": self._cluster.digest() if self._cluster else 0}
         self.place, self._notes = place_of_rank(config, self._cluster, world)
         transport = "islands" if config.transport == "auto" and may_differ(self._cluster) else config.transport
-        self.transport = connect(world, config.timeout_s, transport, about, self.place, config.bridge)
+        self.transport = connect(
+            world, config.timeout_s, transport, about, self.place, config.bridge, config.bridge_encryption == "on"
+        )
         atexit.register(self.transport.close)  # for scripts that end without close()
         self.rank, self.size = self.transport.rank, self.transport.size
         self.device = self.place.device

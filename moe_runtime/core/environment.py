@@ -234,13 +234,13 @@ def job_secret() -> bytes | None:
     if not path:
         return hashlib.sha256(text.encode()).digest() if text else None
     try:
-        if os.stat(path).st_mode & 0o077:
-            raise ConfigError(f"{SECRET_FILE}={path}: others may read or write this file; chmod 600 {path}")
-        secret = bytes.fromhex(Path(path).read_text())
+        private, secret = not os.stat(path).st_mode & 0o077, bytes.fromhex(Path(path).read_text())
     except OSError as error:
         raise ConfigError(f"{SECRET_FILE}={path}: cannot be read ({error.strerror})") from None
     except ValueError:
         raise ConfigError(f"{SECRET_FILE}={path}: not hexadecimal digits") from None
+    if not private:
+        raise ConfigError(f"{SECRET_FILE}={path}: others may read or write this file; chmod 600 {path}")
     if len(secret) < 16:
         raise ConfigError(f"{SECRET_FILE}={path}: {len(secret)} bytes are too few for a secret; give 16 or more")
     return secret
