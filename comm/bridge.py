@@ -274,8 +274,8 @@ class BridgeTransport(PairwiseTransport):
                 operation, total, number = read_header(frames[0].bytes if frames else b"", len(frames) - 1)
             except ValueError as error:
                 raise PeerLost(
-                    f"rank {self.rank}: rank {peer} sent what is no frame of rows ({error}); is it broken, or another "
-                    "moe-runtime?",
+                    f"rank {self.rank}, phase {phase}: rank {peer} sent what is no frame of rows ({error}); is it "
+                    "broken, or another moe-runtime?",
                     rank=peer,
                     phase=phase,
                 ) from None

@@ -189,9 +189,7 @@ def report_to_rank_0(
     if isinstance(problem, str):
         raise ConfigError(problem)
     if not isinstance(table, list) or len(table) != hello["size"] or not all(map(_is_place, table)):
-        raise ConfigError(
-            f"rank 0 at {address}:{port} answered no table of ranks; is it rank 0 of this job?"
-        )
+        raise ConfigError(f"rank 0 at {address}:{port} answered no table of ranks; is it rank 0 of this job?")
     return table
 
 

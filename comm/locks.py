@@ -39,9 +39,7 @@ class JobKeys:
 def job_keys(secret: bytes) -> JobKeys:
     """The keys that follow from a job's secret. Raises ConfigError where this ZeroMQ was built without CURVE."""
     if not zmq.has("curve"):
-        raise ConfigError(
-            "this pyzmq was built without CURVE (libsodium); install the wheel: pip install pyzmq"
-        )
+        raise ConfigError("this pyzmq was built without CURVE (libsodium); install the wheel: pip install pyzmq")
     pairs = []
     for end in ("server", "client"):
         private = z85(hmac.digest(secret, f"moe-runtime curve {end}".encode(), hashlib.sha256))

@@ -61,9 +61,7 @@ def connect(
         )
         return joined if kind == "zeromq" else join_islands(joined, place, timeout_s)
     if encrypt and kind != "shm" and world.size > 1:
-        raise ConfigError(
-            'bridge_encryption = "on": nothing would encrypt these rows; use transport "zeromq"'
-        )
+        raise ConfigError('bridge_encryption = "on": nothing would encrypt these rows; use transport "zeromq"')
     if kind == "islands" and world.size > 1:
         host = world.master_addr or ("127.0.0.1" if one_machine else socket.gethostbyname(socket.gethostname()))
         over = connect(world, timeout_s, "gloo" if bridge_kind == "flagcx" else bridge_kind)
