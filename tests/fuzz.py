@@ -26,6 +26,8 @@ import msgpack
 import numpy as np
 
 from moe_runtime.checkpoint import CheckpointReader
+from moe_runtime.comm.bridge import read_header
+from moe_runtime.comm.greeting import disagreement, read_hello
 from moe_runtime.core.cluster import load_cluster
 from moe_runtime.core.errors import CheckpointError, ConfigError
 from moe_runtime.experts import placement, traces
@@ -155,7 +157,7 @@ def as_msgpack(pick: random.Random, data: bytes) -> bytes:
 
 
 def targets(folder: Path) -> list[Target]:
-    made = [control(), cluster_file(folder), plan_file(folder), *trace_files(folder), *safetensors(folder)]
+    made = [control(), *bridge(), cluster_file(folder), plan_file(folder), *trace_files(folder), *safetensors(folder)]
     return [*made, manifest(folder), prompts(folder), token_array(folder), training(folder)]
 
 
@@ -190,6 +192,20 @@ def control() -> Target:
             to_bytes(answer)
 
     return Target("control messages", [msgpack.packb(example) for example in examples], run, (), as_msgpack)
+
+
+def bridge() -> list[Target]:
+    """What a rank gets on the bridge, from another rank or from somebody who says that he is one."""
+    headers = [msgpack.packb(header) for header in ([7, 1 << 21, 1], [["pair", 3], 12, 0], [-1, 0, 0])]
+    hello = {"protocol": 1, "rank": 2, "size": 4, "endpoint": "tcp://127.0.0.1:4000", "token": "ab" * 32, "cluster": 7}
+
+    def greet(data: bytes) -> None:
+        greeting = read_hello([data], 4)
+        if greeting is not None:
+            disagreement({0: {**hello, "rank": 0}, greeting["rank"]: greeting})
+
+    frames = Target("frames of rows", headers, lambda data: read_header(data, 1) and None, (ValueError,), as_msgpack)
+    return [frames, Target("greetings of ranks", [msgpack.packb(hello)], greet, (), as_msgpack)]
 
 
 def file_target(

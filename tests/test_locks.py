@@ -564,7 +564,10 @@ if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0": os.kill(os.getpid(), 9)
 """
     (tmp_path / "job.py").write_text(text)
     seen = set()
-    for more in ([], ["--engine", "torchrun", "--nnodes", "1", "--rdzv-endpoint", f"{HOST}:{free_port()}"]):
+    for more in (
+        [],
+        ["--engine", "torchrun", "--nnodes", "1", "--node-rank", "0", "--rdzv-endpoint", f"{HOST}:{free_port()}"],
+    ):
         words = [*MOE_LAUNCH, "run", *more, "--max-restarts", "1", "job.py"]
         env = {**os.environ, environment.SECRET: TEXT, "XDG_CACHE_HOME": str(tmp_path / "cache")}
         ran = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100)

@@ -45,7 +45,9 @@ def command(job: Job, mpirun_args: Sequence[str]) -> list[str]:
 def run(job: Job, mpirun_args: Sequence[str]) -> NoReturn:
     """Become mpirun: it takes signals itself, hands them on, and ends with the first failing rank's exit code."""
     words = command(job, mpirun_args)
-    os.execve(words[0], words, environment.inherited({environment.SECRET: ranks_secret(job)}))
+    os.execve(
+        words[0], words, environment.inherited({environment.SECRET: ranks_secret(job), environment.SECRET_FILE: ""})
+    )
 
 
 def _mpirun() -> str:
