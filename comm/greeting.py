@@ -51,7 +51,7 @@ class BridgeLock:
         if rows and not self.encrypt:
             checks_passes(socket)
         else:
-            listens(socket, self.keys)
+            listens(socket, self.keys, "moe-runtime rows" if rows else "moe-runtime")
         self._keeper.watch(socket)
 
     def open(self, socket: zmq.Socket, token: bytes | None = None) -> None:
@@ -110,7 +110,8 @@ def gather_world(
         raise ConfigError(f"rank 0 cannot listen at {address}:{port} ({error}); give another --master-port") from error
     hellos, answers_to = {0: hello}, {}
     while len(hellos) < size:
-        if not door.poll(max(0.0, ends - time.monotonic()) * 1000):
+        left = ends - time.monotonic()
+        if left <= 0 or not door.poll(left * 1000):
             missing = tuple(rank for rank in range(size) if rank not in hellos)
             refused = lock.refused()
             raise PeerTimeout(

@@ -115,7 +115,7 @@ NO_KEY, WITHOUT_KEY = "connections without a key", "connections without the job'
 
 
 class Tally:
-    """Who was not let in, counted from a listening socket's events. Pure.
+    """Who was not let in, counted from a listening socket's events, each connection once. Pure.
 
     ZeroMQ says nothing of a connection whose first bytes are not its own: it is one that ends without a word of its
     handshake. One that ends so while another is let in may go uncounted.
@@ -126,36 +126,38 @@ class Tally:
         self._let_in = 0
         self._came: dict[int, int] = {}  # descriptor to how many had been let in before
         self._told = False  # of the connection whose end is the next event
-        self._denied = 0  # by the Doorkeeper, which has counted them; their end is still to come
+        self._denied = 0  # counted, and their end is still to come
+
+    def deny(self, reason: str) -> None:
+        """Somebody was told no; his connection will end, in whatever way."""
+        self.refused[reason] += 1
+        self._denied += 1
 
     def event(self, kind: int, value: int) -> None:
         if kind == zmq.EVENT_ACCEPTED:
             self._came[value] = self._let_in
         elif kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._let_in += 1
-        elif kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-            self._denied += 1
-        elif kind == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and self._denied and value not in _SILENT:
-            self._denied, self._told = self._denied - 1, True
         elif kind == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
             # A client without a key may see first that the two do not fit, and leave.
-            self._refuse("connections that said nothing" if value in _SILENT else NO_KEY)
+            self._ended("connections that said nothing" if value in _SILENT else NO_KEY)
+            self._told = True
         elif kind == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
             reasons = {_MECHANISM_MISMATCH: NO_KEY, _CRYPTOGRAPHIC: WITHOUT_KEY}
-            self._refuse(reasons.get(value, "connections with a broken handshake"))
+            self._ended(reasons.get(value, "connections with a broken handshake"))
+            self._told = True
         elif kind == zmq.EVENT_ACCEPT_FAILED:
             self.refused["connections for lack of open files"] += 1
         elif kind == zmq.EVENT_DISCONNECTED:
-            never_in = self._came.pop(value, -1) == self._let_in and not self._told
-            if never_in and self._denied:
-                self._denied -= 1
-            elif never_in:
-                self.refused["connections that were not ZeroMQ"] += 1
+            if self._came.pop(value, -1) == self._let_in and not self._told:
+                self._ended("connections that were not ZeroMQ")
             self._told = False
 
-    def _refuse(self, reason: str) -> None:
-        self.refused[reason] += 1
-        self._told = True
+    def _ended(self, reason: str) -> None:
+        if self._denied:
+            self._denied -= 1
+        else:
+            self.refused[reason] += 1
 
 
 def in_words(refused: Mapping[str, int]) -> str:
@@ -181,8 +183,7 @@ class Doorkeeper:
 
     def __init__(self, context: zmq.Context, keys: JobKeys, passes: Passes | None = None) -> None:
         self._keys, self.passes = keys, passes
-        self._context, self._refused = context, Counter[str]()
-        self._tallies: list[Tally] = []
+        self._tallies: dict[bytes, list[Tally]] = {}  # by ZAP domain
         self._watched: list[zmq.Socket] = []
         self._new: queue.SimpleQueue[tuple[zmq.Socket, Tally]] = queue.SimpleQueue()
         questions = context.socket(zmq.REP)
@@ -196,9 +197,9 @@ class Doorkeeper:
         self._thread.start()
 
     def watch(self, socket: zmq.Socket) -> None:
-        """Count whom this socket's handshake turns away. Before bind, in the thread that owns the socket."""
+        """Count whom this socket turns away. After `listens` or `checks_passes`, before bind, in its owner's thread."""
         tally = Tally()
-        self._tallies.append(tally)
+        self._tallies.setdefault(socket.zap_domain, []).append(tally)
         self._watched.append(socket)
         self._new.put((socket.get_monitor_socket(_EVENTS), tally))
         self._bell.send(b"new")
@@ -206,7 +207,8 @@ class Doorkeeper:
     @property
     def refused(self) -> dict[str, int]:
         """How many, by reason."""
-        return dict(sum((Counter(tally.refused.copy()) for tally in self._tallies), self._refused.copy()))
+        tallies = [tally for each in list(self._tallies.values()) for tally in each]
+        return dict(sum((tally.refused.copy() for tally in tallies), Counter()))
 
     def close(self) -> None:
         """In the thread that owns the watched sockets."""
@@ -241,10 +243,11 @@ class Doorkeeper:
             socket.close(linger=0)
 
     def _answer(self, questions: zmq.Socket) -> None:
-        version, request, _domain, _address, _identity, mechanism, *credentials = questions.recv_multipart()
+        version, request, domain, _address, _identity, mechanism, *credentials = questions.recv_multipart()
         why_not = refusal(mechanism, credentials, self._keys, self.passes)
         if why_not:
-            self._refused[why_not] += 1
+            for tally in self._tallies.get(domain, ())[-1:]:
+                tally.deny(why_not)
         code, text = (b"400", why_not.encode()) if why_not else (b"200", b"OK")
         questions.send_multipart([version, request, code, text, b"", b""])
 
@@ -258,7 +261,7 @@ def _read(monitor: zmq.Socket, tally: Tally) -> None:
 
 _EVENTS = (
     zmq.EVENT_ACCEPTED | zmq.EVENT_ACCEPT_FAILED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED
-    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 )  # fmt: skip
 
 

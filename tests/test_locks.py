@@ -87,7 +87,6 @@ def test_a_monitors_events_are_counted_by_reason():
         (zmq.EVENT_ACCEPTED, 8), (zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL, errno.EAGAIN), (zmq.EVENT_DISCONNECTED, 8),
         (zmq.EVENT_ACCEPTED, 8), (zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL, errno.EPIPE), (zmq.EVENT_DISCONNECTED, 8),
         (zmq.EVENT_ACCEPTED, 8), (zmq.EVENT_DISCONNECTED, 8),
-        (zmq.EVENT_ACCEPTED, 8), (zmq.EVENT_HANDSHAKE_FAILED_AUTH, 400), (zmq.EVENT_DISCONNECTED, 8),
         (zmq.EVENT_DISCONNECTED, 7),
     ]:  # fmt: skip
         tally.event(kind, value)
@@ -98,6 +97,14 @@ def test_a_monitors_events_are_counted_by_reason():
         "connections that said nothing": 1,
         "connections that were not ZeroMQ": 1,
     }
+    for ending in ([], [(failed, 0x10000013)], [(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL, errno.EPIPE)]):
+        before = tally.refused.total()
+        tally.event(zmq.EVENT_ACCEPTED, 8)
+        tally.deny("connections with a wrong pass")
+        for kind, value in (*ending, (zmq.EVENT_DISCONNECTED, 8)):
+            tally.event(kind, value)
+        assert tally.refused.total() == before + 1
+    assert tally.refused["connections with a wrong pass"] == 3
     assert in_words({"connections without the job's key": 3}) == "refused: 3 connections without the job's key"
     assert in_words({}) == ""
 
