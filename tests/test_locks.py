@@ -29,6 +29,7 @@ from moe_runtime.comm.messages import pack, unpack
 from moe_runtime.core import environment
 from moe_runtime.errors import ConfigError, PeerLost, PeerTimeout
 from moe_runtime.launch import records
+from moe_runtime.launch.bench.world import find_mpirun
 from moe_runtime.launch.control import MESSAGE_BYTES, Link, to_bytes
 from moe_runtime.launch.machine import free_port
 
@@ -584,3 +585,35 @@ if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0": os.kill(os.getpid(), 9)
         seen |= {secret for _, secret in found}
         assert not any(os.path.exists(path) for path, _ in found)
     assert len(seen) == 4
+
+
+def test_mpirun_hands_the_secret_to_ranks_and_shows_it_to_nobody(tmp_path):
+    if find_mpirun()[0] is None:
+        pytest.skip(find_mpirun()[1])
+    (tmp_path / "job.py").write_text(JOB)
+    (tmp_path / "hosts").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
+    (tmp_path / "go").touch()
+    words = [
+        *MOE_LAUNCH,
+        "run",
+        "--engine",
+        "mpi",
+        "--hostfile",
+        "hosts",
+        "--engine-args=--allow-run-as-root",
+        "job.py",
+    ]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", environment.SECRET_FILE: "/the/users/own"}
+    shown = subprocess.run([*words, "zeromq", "go", "--dry-run"], cwd=tmp_path, capture_output=True, text=True, env=env)
+    ran = subprocess.run([*words, "zeromq", "go"], cwd=tmp_path, capture_output=True, text=True, env=env, timeout=100)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("bridge: ranks prove the job's secret") == 2
+    assert not re.search(r"[0-9a-f]{64}", shown.stdout + shown.stderr + ran.stderr)
+
+
+def test_the_bench_of_encryption_says_what_it_found():
+    words = [*MOE_LAUNCH, "bench", "bridge", "--mib", "4", "--rounds", "2", "--json"]
+    ran = subprocess.run(words, capture_output=True, text=True, timeout=100)
+    assert ran.returncode == 0, ran.stderr
+    rates = json.loads(ran.stdout)["gb_s"]
+    assert rates.keys() == {"off", "on", "tcp"} and all(len(each) == 2 and min(each) > 0 for each in rates.values())
