@@ -9,12 +9,14 @@ import argparse
 import importlib
 import os
 import re
+import secrets
 import shlex
 import shutil
 import socket
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ from ..core.environment import is_loopback, rank_environment
 from ..core.errors import ConfigError
 from . import records
 from .generation import options as generation
-from .local import Rank, run_ranks
+from .job import secret_file
+from .local import Ended, Rank, run_ranks
 from .machine import available_cores, free_port
 from .options import BothSpellings, Parser, PassOn, add, add_launch_options, seconds, whole_number
 from .toml import read_toml
@@ -224,18 +227,26 @@ def _launch(
     print(f"moe-launch: {len(ranks)} rank{'s'[: len(ranks) != 1]}, logs in {log_dir}", file=sys.stderr)
     record = records.write(log_dir.name, engine="local", log_dir=str(log_dir.absolute()))
     settings = {"shutdown_timeout": options.shutdown_timeout, "clean_stdout": clean_stdout, "tee": options.tee}
-    if options.on_loss != "fail":
-        ended = run_ranks(ranks, log_dir, **settings, keep=_keeper(options, len(ranks), log_dir, record))
+
+    def start(attempt: int, logs: Path) -> Ended:
+        with tempfile.TemporaryDirectory(prefix="moe-launch-") as folder:  # of this user alone (tempfile.mkdtemp)
+            secret = secret_file(Path(folder), secrets.token_hex(32))
+            ranks = _plan_ranks(options, cluster, job, target, attempt, secret)
+            if options.on_loss != "fail":
+                return run_ranks(ranks, logs, **settings, keep=_keeper(options, len(ranks), logs, record))
+            return run_ranks(ranks, logs, **settings)
+
+    ended = start(0, log_dir)
+    if options.on_loss != "fail":  # restarts were those of single ranks
         records.end(record, ended.code)
         return ended.code
-    ended = run_ranks(ranks, log_dir, **settings)
     for attempt in range(1, options.max_restarts + 1):
         if not ended.may_restart:
             break
         again = f"starting all ranks again ({attempt} of at most {options.max_restarts} restarts)"
         print(f"moe-launch: {again}", file=sys.stderr)
         (logs := log_dir / f"restart_{attempt}").mkdir(exist_ok=True)
-        ended = run_ranks(_plan_ranks(options, cluster, job, target, attempt), logs, **settings)
+        ended = start(attempt, logs)
     records.end(record, ended.code)
     return ended.code
 
@@ -331,7 +342,12 @@ def _devices(cluster: Cluster) -> list[tuple[Node, int]]:
 
 
 def _plan_ranks(
-    options: argparse.Namespace, cluster: Cluster, job: str, target: list[str], attempt: int = 0
+    options: argparse.Namespace,
+    cluster: Cluster,
+    job: str,
+    target: list[str],
+    attempt: int = 0,
+    secret: Mapping[str, str] | None = None,
 ) -> list[Rank]:
     size = cluster.num_ranks
     address, port = options.master_addr or "127.0.0.1", options.master_port or free_port()
@@ -339,6 +355,7 @@ def _plan_ranks(
     ranks = []
     for number, node in enumerate(cluster.rank_nodes()):
         env = rank_environment(number, size, number, size, address, port, max(1, cores // size))
+        env |= secret or {}
         env |= {"TORCHELASTIC_RUN_ID": job, "TORCHELASTIC_USE_AGENT_STORE": "False"}
         env |= {"TORCHELASTIC_RESTART_COUNT": str(attempt), "TORCHELASTIC_MAX_RESTARTS": str(options.max_restarts)}
         if options.threads_per_rank:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..comm.locks import calls, job_keys
+from ..comm.locks import calls, in_words, job_keys
 from ..comm.messages import open_socket, pack, unpack, zmq
 from ..control.words import PROTOCOL
 from ..core.errors import ConfigError
@@ -40,6 +40,8 @@ def status(options: argparse.Namespace) -> int:
     else:
         code = f", code {answer['code']}" if answer["state"] in ("stopping", "over") else ""
         print(f"{options.job}: {answer['state']}{code}")
+        if refused := in_words(answer.get("refused", {})):
+            print(f"  {refused}")
         for node in answer["nodes"]:
             heard = "not here yet" if node["heard_s"] is None else f"heard {node['heard_s']} s ago"
             ranks = ", ".join(f"rank {rank} {state}" for rank, state in node["ranks"].items())

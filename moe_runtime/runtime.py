@@ -96,7 +96,8 @@ class Runtime:
             transport = LocalTransport(config.timeout_s) if notice is None else self._survival.build(notice, self.place)
         else:
             kind = "islands" if config.transport == "auto" and may_differ(self._cluster) else config.transport
-            transport = connect(world, config.timeout_s, kind, about, self.place, config.bridge)
+            encrypts = config.bridge_encryption == "on"
+            transport = connect(world, config.timeout_s, kind, about, self.place, config.bridge, encrypts)
         self.view = View(0, members, None)
         self._adopt(transport)
         self._dispatchers: dict[tuple, Dispatcher | NodeDispatcher] = {}
