@@ -15,6 +15,7 @@ import math
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from .messages import open_socket, pack, unpack, zmq
 from .pairwise import PairwiseTransport
 from .quirks import as_bytes
 from .staging import copy_in, host_chunks
-from .transport import Waits, check_peer
+from .transport import SLICE_S, Interruption, Waits, check_peer
 
 PROTOCOL = 1
 CHUNK_BYTES = 1 << 20
@@ -78,6 +79,34 @@ def meet(
         raise
 
 
+def meet_through(
+    exchange: Callable[[dict[str, Any]], list[dict[str, Any]]],
+    rank: int,
+    size: int,
+    host: str,
+    deadline_s: float,
+    secret: bytes,
+    encrypt: bool,
+    interruption: Interruption,
+) -> BridgeTransport:
+    """As `meet`, for ranks that have another authenticated way to hand each other their addresses: `exchange` gives
+    every rank's entry, in rank order. host: the address of this rank that the others reach."""
+    context = zmq.Context()
+    lock = BridgeLock(context, size, rank, secret, encrypt)
+    try:
+        inbox = open_socket(context, zmq.ROUTER)
+        lock.guard(inbox, CHUNK_BYTES, rows=True)
+        own_port = inbox.bind_to_random_port(f"tcp://{host}")
+        table = exchange({"endpoint": f"tcp://{host}:{own_port}", "token": lock.token.hex(), "encrypted": encrypt})
+        if len({entry["encrypted"] for entry in table}) > 1:
+            raise ConfigError("bridge_encryption differs between ranks; give all the same")
+        return BridgeTransport(context, inbox, host, rank, table, deadline_s, lock, interruption)
+    except BaseException:
+        lock.close()
+        context.destroy(linger=0)
+        raise
+
+
 class BridgeTransport(PairwiseTransport):
     """A Transport (comm/transport.py) over one ZeroMQ socket per peer; tensors of any device.
 
@@ -94,10 +123,11 @@ class BridgeTransport(PairwiseTransport):
         table: list[dict[str, Any]],
         deadline_s: float,
         lock: BridgeLock,
+        interruption: Interruption | None = None,
     ) -> None:
         super().__init__(rank, len(table), deadline_s)
         self.name = "bridge:zeromq"
-        self._lock = lock
+        self._lock, self._interruption = lock, interruption or Interruption()
         self._peers = {name_of(peer).encode(): peer for peer in range(self.size) if peer != rank}
         self.host = host  # the address of this rank that the others reach
         self._context, self._inbox = context, inbox
@@ -148,7 +178,7 @@ class BridgeTransport(PairwiseTransport):
         for monitor in self._monitors:
             monitor.close(linger=0)
         # Give what was sent a moment to leave, but never hang on a peer that is dead.
-        self._context.destroy(linger=1000)
+        self._context.destroy(linger=1000 if self._interruption.why is None and not self._gone else 0)
 
     # ---- moving bytes -------------------------------------------------------------------------------------------
 
@@ -242,8 +272,10 @@ class BridgeTransport(PairwiseTransport):
         for peer in missing:
             if peer in self._gone:
                 raise self._lost(peer, phase)
-        left = ends - time.monotonic()
-        ready = dict(self._poller.poll(max(0.0, left) * 1000)) if left > 0 else {}
+        ready: dict[Any, int] = {}
+        while not ready and (left := ends - time.monotonic()) > 0:
+            self._interruption.check(self.rank, phase)
+            ready = dict(self._poller.poll(min(left, SLICE_S) * 1000))
         if not ready:
             raise PeerTimeout(
                 f"rank {self.rank}, phase {phase}: waited {self.deadline_s:g} s for ranks {list(missing)} over "
@@ -288,18 +320,21 @@ class BridgeTransport(PairwiseTransport):
         """The caller may write to its tensors again once ZeroMQ has let go of them."""
         ends = time.monotonic() + self.deadline_s
         for tracker in trackers:
-            try:
-                tracker.wait(max(0.001, ends - time.monotonic()))
-            except zmq.NotDone:
+            while not tracker.done and (left := ends - time.monotonic()) > 0:
+                self._interruption.check(self.rank, phase)
+                with suppress(zmq.NotDone):
+                    tracker.wait(min(left, SLICE_S))
+            if not tracker.done:
                 raise PeerTimeout(
                     f"rank {self.rank}, phase {phase}: ranks {list(peers)} did not take what was sent within "
                     f"{self.deadline_s:g} s over {self.name}",
                     waiting_rank=self.rank,
                     ranks=peers,
                     phase=phase,
-                ) from None
+                )
 
     def _check_open(self, phase: str) -> None:
+        self._interruption.check(self.rank, phase)
         if self._context.closed:
             raise RuntimeError(f"{phase}: the transport is closed")
 

@@ -90,7 +90,9 @@ class Runtime:
         self._survival: Survival | None = None
         members = tuple(range(world.size))
         if (file := environment.survival_file()) is not None:
-            self._survival = Survival(Settings.read(file), world.rank, config.transport, about, config.timeout_s)
+            encrypts = config.bridge_encryption == "on"
+            settings = Settings.read(file)
+            self._survival = Survival(settings, world.rank, config.transport, about, config.timeout_s, encrypts)
             notice = self._survival.first()
             members = (world.rank,) if notice is None else notice.members
             transport = LocalTransport(config.timeout_s) if notice is None else self._survival.build(notice, self.place)

@@ -17,14 +17,16 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from .comm.bridge import meet_through
 from .comm.locks import job_keys
 from .comm.messages import pack, unpack
 from .comm.place import Place
 from .comm.rendezvous import can_share_memory
 from .comm.shm import SharedMemoryTransport
 from .comm.staging import StagedTransport
-from .comm.transport import LocalTransport, Transport
+from .comm.transport import Interruption, LocalTransport, Transport
 from .control.member import Member, Notice
+from .core.environment import address_towards, is_loopback
 from .core.errors import ConfigError, PeerLost, PeerTimeout, ViewPassed
 
 LOST = (PeerLost, PeerTimeout, ViewPassed)  # what Runtime.recover is for
@@ -53,7 +55,9 @@ class Settings:
 class Survival:
     """This rank's agent, and how it turns views into transports."""
 
-    def __init__(self, settings: Settings, number: int, kind: str, about: dict[str, Any], timeout_s: float) -> None:
+    def __init__(
+        self, settings: Settings, number: int, kind: str, about: dict[str, Any], timeout_s: float, encrypt: bool
+    ) -> None:
         if kind not in _TRANSPORTS:
             raise ConfigError(f"--on-loss {settings.on_loss}: transport {kind} cannot take up new views; use auto")
         self.settings, self.number, self._kind, self._about = settings, number, kind, about
@@ -63,7 +67,8 @@ class Survival:
         )
         self.entered = 0  # the latest view that this rank has begun to build
         self.notes: list[str] = []
-        self._transport: Transport | None = None
+        self._encrypt = encrypt
+        self._interruption = Interruption()
         self.member.on_view = self._interrupt
 
     def first(self) -> Notice | None:
@@ -90,7 +95,7 @@ class Survival:
         fit together."""
         self.entered = notice.number
         position = notice.members.index(self.number)
-        self._transport = None
+        self._interruption = interruption = Interruption()
         said = self._exchange("who", [_host(), can_share_memory(place), self._about])
         for number, (_, _, about) in zip(notice.members, said, strict=True):
             if about != self._about:
@@ -100,25 +105,32 @@ class Survival:
             made: Transport = LocalTransport(self.timeout_s)
         elif one_host and self._kind != "zeromq":
             store = _Table(self, notice)
-            made = SharedMemoryTransport(store, position, len(said), self.timeout_s)
+            made = SharedMemoryTransport(store, position, len(said), self.timeout_s, interruption=interruption)
         elif self._kind == "shm":
             raise ConfigError("transport shm: the ranks are not on one host; use auto or zeromq")
         else:
-            raise ConfigError("--on-loss: ranks of several hosts cannot do this yet")
-        self._transport = made
-        if (newest := self.member.newest) is not None:
-            self._interrupt(newest)  # it may have come meanwhile
-        return made if place.device.type == "cpu" else StagedTransport(made)
+            address, port = self.settings.address, self.settings.port
+            host = address if is_loopback(address) else address_towards(address, port)
+            secret = bytes.fromhex(self.settings.secret)
+            made = meet_through(
+                lambda mine: self._exchange("bridge", mine),
+                position,
+                len(said),
+                host,
+                self.timeout_s,
+                secret,
+                self._encrypt,
+                interruption,
+            )
+        return StagedTransport(made) if isinstance(made, SharedMemoryTransport) and place.device.type != "cpu" else made
 
     def _exchange(self, key: str, value: Any) -> list[Any]:
         return [unpack(data) for data in self.member.exchange(self.entered, key, pack(value), self.timeout_s)]
 
     def _interrupt(self, newest: Notice) -> None:
         """In the agent's thread: whatever waits in an older view ends."""
-        transport = self._transport
-        if transport is not None and newest.number > self.entered and not newest.at_boundary:
-            with suppress(AttributeError):  # a world of one waits for nobody
-                transport.interrupt(f"view {newest.number} has taken its place ({newest.why})")
+        if newest.number > self.entered and not newest.at_boundary:
+            self._interruption.why = f"view {newest.number} has taken its place ({newest.why})"
 
     def close(self) -> None:
         self.member.close()
