@@ -282,7 +282,7 @@ def long_life(
     files: Files, chance: random.Random, ranks: int, on_loss: str, faults: int, seconds: float, watch: Watch | None = None
 ) -> list[Fault]:
     """A job whose lost ranks are started again, and struck while they join and while experts move to them."""
-    job = Job(files, ranks, on_loss, int(25 * min(faults, seconds / 6)), restarts=100000)
+    job = Job(files, ranks, on_loss, int(10 * min(faults, seconds / 6)), restarts=100000)
     number, members = job.wait_settled(0)
     ends = time.monotonic() + seconds
     while len(job.faults) < faults and time.monotonic() < ends:
@@ -367,9 +367,9 @@ def cut(files: Files, chance: random.Random, hosts: int, each: int) -> list[Faul
     with Hosts(folder, hosts) as made:
         nodes = [f'[[node]]\nname = "n{n}"\nhost = "{a}"\nvendor = "cpu"\ndevices = {each}\n' for n, a in enumerate(made.addresses)]
         (folder / "cluster.toml").write_text("\n".join(nodes))
-        files.write_input(folder / "in.jsonl", 40)
+        files.write_input(folder / "in.jsonl", 24)
         job = Job.__new__(Job)
-        job.files, job.size, job.requests, job.faults = files, hosts * each, 40, []
+        job.files, job.size, job.requests, job.faults = files, hosts * each, 24, []
         job.folder, job.logs, job.out, job.mark = folder, folder / "logs", folder / "out.jsonl", f"campaign {folder.name}"
         job.before = set(os.listdir("/dev/shm"))
         words = [*MOE_LAUNCH, "run", "--cluster", folder / "cluster.toml", "--engine", "ssh", made.ssh_args, "--on-loss",
