@@ -35,7 +35,7 @@ from .expert_dispatcher import ExpertDispatcher, describe_choice, make_chooser
 from .experts import compute, dense
 from .experts.placement import load_plan, proportional
 from .experts.routing import ReplicaChooser
-from .layer import experts_modules
+from .layer import describe_lacking, experts_modules
 from .migration import columns_of
 from .model import empty_model, expert_layers, read_config, shard_experts
 from .pays import Pays
@@ -105,6 +105,7 @@ class Runtime:
         self._dispatchers: dict[tuple, Dispatcher | NodeDispatcher] = {}
         self._slowdown = self._emulated_slowdown()
         self._rebalancers: weakref.WeakSet[Rebalancer] = weakref.WeakSet()
+        self._models: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
         self._join_depth = 0
         self._num_slots = 0  # of the placement that the latest model was loaded with
         self._early_layers = 0  # of the latest model, whose shared expert is computed while rows travel
@@ -248,6 +249,7 @@ class Runtime:
         self._early_layers = overlap.compute_shared_experts_early(model) if self.size > 1 or self.joins else 0
         self.view = View(self.view.number + 1, self.view.ranks, placement)
         self._num_slots = placement.num_slots
+        self._models.add(model)
         if self.config.rebalance == "auto" and (self.size > 1 or self.joins):
             dispatch = "split" if self.config.replica_choice == "balanced" else "static"
             self.rebalance_by(model, Pays(dispatch=dispatch), self.config.rebalance_every)
@@ -668,6 +670,10 @@ class Runtime:
             lines += formats.describe(dispatcher.formats, self._claims, dtype)
         for rebalancer in self._rebalancers:
             lines += rebalancer.describe()
+        if self._survival is not None:
+            lines.append(self._survival.describe())
+        for model in self._models:
+            lines += describe_lacking([layer.moe_runtime_layer for layer in expert_layers(model)])
         if any(self.transport.waits.count):
             lines.append(f"waited in exchanges of rows for: {self.transport.waits.describe()}")
         return "\n".join(lines + [f"note: {note}" for note in self._notes])

@@ -138,6 +138,14 @@ class Survival:
         if newest.number > self.entered and not newest.at_boundary:
             self._interruption.why = f"view {newest.number} has taken its place ({newest.why})"
 
+    def describe(self) -> str:
+        """A line for people."""
+        settings = self.settings
+        return (
+            f"when a rank is lost: {settings.on_loss}; rank {self.number} for life; coordinator at {settings.address}:"
+            f"{settings.port}; a rank that is silent for {settings.silence_s:g} s is lost"
+        )
+
     def close(self) -> None:
         self.member.close()
 

@@ -1,9 +1,9 @@
 """Faults on purpose: `python tests/campaign.py --faults 300 --seed 1`, or `--minutes 30` for a soak.
 
 Real jobs generate with ranks that are killed, stopped, hung or cut off, at random moments by seed. After every job:
-each request was answered once and in order, with the text of one undisturbed process; nothing hung; no process and no file
-in /dev/shm is left. Prints each fault, then a table of outages: from the fault to the first token
-that any other rank completes after the interruption.
+each request was answered once and in order, with the text of one undisturbed process; nothing hung; no process and no
+file in /dev/shm is left. Prints each fault, then a table of outages: from the fault to the first token that any other
+rank completes after the interruption.
 """
 
 from __future__ import annotations
@@ -285,7 +285,8 @@ def long_life(
     watch: Watch | None = None,
 ) -> list[Fault]:
     """A job whose lost ranks are started again, and struck while they join and while experts move to them."""
-    job = Job(files, ranks, on_loss, int(10 * min(faults, seconds / 6)), restarts=100000)
+    tokens = 3500 * min(faults, seconds / 7)  # a fault and the return of its ranks take some seconds
+    job = Job(files, ranks, on_loss, int(tokens / files.max_new), restarts=100000)
     number, members = job.wait_settled(0)
     ends = time.monotonic() + seconds
     while len(job.faults) < faults and time.monotonic() < ends:

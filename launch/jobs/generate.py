@@ -21,6 +21,8 @@ from ...checkpoint import CheckpointReader
 from ...comm.wire import all_gather_message
 from ...core.config import RuntimeConfig
 from ...core.errors import ConfigError
+from ...layer import describe_lacking
+from ...model import expert_layers
 from ..generation import gain, options
 from ..generation import survive as generation
 from ..generation.batch import RunningBatch, Settings
@@ -101,6 +103,8 @@ def survive(
     if not job.run():
         print(f"rank {runtime.number} has been drained", file=sys.stderr)
         return 0
+    for line in describe_lacking([layer.moe_runtime_layer for layer in expert_layers(model)]):
+        print(f"rank {runtime.number}: {line}", file=sys.stderr)
     writes = job.sink is not None
     if writes:
         job.sink.close()

@@ -1,0 +1,134 @@
+"""Jobs that lose ranks: what `--on-loss` promises, a short part of tests/campaign.py and what that does not look at."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from campaign import MOE_LAUNCH, Files, Job, cut, environment, long_life, marked, strike
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    made = Files(tmp_path_factory.mktemp("survival"), max_new=120)
+    made.make()
+    return made
+
+
+@pytest.mark.parametrize(
+    "kind", ["combine: kill", "dispatch: hang", "any moment: stop", "coordinator: kill, and a rank"]
+)
+def test_a_lost_rank_costs_no_request_and_no_text(files: Files, kind: str) -> None:
+    job = Job(files, 3, "reload", 24)
+    number, _ = job.wait_settled(0)
+    fault = strike(job, kind, (1,), random.Random(1))
+    assert job.wait_settled(number)[1] == [0, 2]
+    job.end()
+    assert fault.outage_s is not None and fault.outage_s < 20
+
+
+def test_replicas_take_over_and_the_writer_of_results_may_be_lost(files: Files) -> None:
+    job = Job(files, 3, "replica", 24)
+    number, _ = job.wait_settled(0)
+    fault = strike(job, "experts: kill", (0,), random.Random(1))
+    job.wait_settled(number, 2)
+    assert not any("read from the checkpoint" in event.get("note", "") for event in job.events())
+    job.end()
+    assert fault.outage_s is not None and fault.outage_s < 10
+
+
+def test_ranks_come_back_and_may_be_struck_again_meanwhile(files: Files) -> None:
+    faults = long_life(files, random.Random(5), 3, "reload", 3, 120.0)
+    assert len(faults) >= 3
+
+
+def test_two_lost_at_once_leave_one_that_does_all(files: Files) -> None:
+    job = Job(files, 3, "reload", 24, "--runtime", "transport=zeromq")
+    number, _ = job.wait_settled(0)
+    strike(job, "any moment: kill two at once", (0, 2), random.Random(1))
+    assert job.wait_settled(number, 1)[1] == [1]
+    job.end()
+
+
+def test_a_rank_is_drained_by_command_also_the_one_that_writes_results(files: Files) -> None:
+    job = Job(files, 3, "reload", 60)
+    job.wait_settled(0)
+    name = json.loads(next((Path.home() / ".cache/moe_runtime/jobs").glob(f"{job.logs.name}.json")).read_text())["job"]
+    words = [*MOE_LAUNCH, "drain", name, "0"]
+    said = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False, env=environment({}))
+    assert said.returncode == 0, said.stderr + job.tail()
+    assert "rank 0 has left" in said.stdout
+    job.end()
+
+
+def test_without_replicas_that_policy_ends_the_job_in_one_clear_line(files: Files) -> None:
+    job = Job(files, 3, "reload", 24)  # its folder and input
+    job.process.send_signal(signal.SIGTERM)
+    job.process.wait(60)
+    words = ["--nproc-per-node", "2", "--on-loss", "replica", "--log-dir", str(job.folder / "again")]
+    options = files.options(job.folder / "in.jsonl", job.folder / "again.jsonl")
+    running = subprocess.Popen(
+        [*MOE_LAUNCH, "generate", *words, *options],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment({"CAMPAIGN": f"{job.mark} again"}),
+    )
+    job.logs, job.process = job.folder / "again", running
+    job.wait_settled(0)
+    victim = next(pid for pid in marked(f"{job.mark} again") if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(victim, signal.SIGKILL)
+    _, told = running.communicate(timeout=60)
+    assert running.returncode == 2
+    assert "plan replicas, or give --on-loss reload" in told
+
+
+def test_renormalising_is_said_and_counted(files: Files) -> None:
+    job = Job(files, 3, "renormalise", 24)
+    number, _ = job.wait_settled(0)
+    strike(job, "any moment: kill", (2,), random.Random(1))
+    job.wait_settled(number, 2)
+    assert job.process.wait(120) == 0, job.tail()
+    told = (job.folder / "log.txt").read_text()
+    assert "WARNING: no rank holds" in told and "results differ from here on" in told
+    assert "renormalised:" in told
+    assert len(job.out.read_text().splitlines()) == 24
+
+
+def test_the_half_with_the_coordinator_goes_on(files: Files) -> None:
+    (fault,) = cut(files, random.Random(1), 2, 1)
+    assert fault.outage_s is not None and fault.outage_s < 20
+
+
+def test_fewer_than_half_stop_and_say_so(files: Files) -> None:
+    from hosts import Hosts
+
+    folder = files.folder / "minority"
+    folder.mkdir()
+    with Hosts(folder, 3) as made:
+        nodes = (f'[[node]]\nname = "n{n}"\nhost = "{a}"\nvendor = "cpu"\n' for n, a in enumerate(made.addresses))
+        (folder / "cluster.toml").write_text("\n".join(nodes))
+        files.write_input(folder / "in.jsonl", 200)
+        words = ["--cluster", folder / "cluster.toml", "--engine", "ssh", made.ssh_args, "--on-loss", "reload"]
+        options = files.options(folder / "in.jsonl", folder / "out.jsonl")
+        running = subprocess.Popen(
+            made.on(
+                0, *MOE_LAUNCH, "generate", *words, "--threads-per-rank", "1", "--log-dir", folder / "logs", *options
+            ),
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment({}),
+        )
+        events = folder / "logs" / "events.jsonl"
+        ends = time.monotonic() + 60
+        while time.monotonic() < ends and not (events.exists() and '"settled"' in events.read_text()):
+            time.sleep(0.05)
+        with made.unplugged(0):
+            _, told = running.communicate(timeout=90)
+    assert running.returncode == 1
+    assert "cannot go on with 1 of 3 ranks" in told
