@@ -1,4 +1,4 @@
-"""Who holds the others up, judged on a small model of ranks that exchange rows: causes are known, so verdicts can be."""
+"""Who holds the others up, judged on a small model of ranks that exchange rows: the causes are known there."""
 
 from __future__ import annotations
 
@@ -128,7 +128,13 @@ def test_too_short_a_history_and_ranks_that_begin_anew_say_nothing():
     assert judge(history[:3]) == [] == judge([]) and judge(history[:4])
     again = [Look(look.time, {**look.metrics, 1: history[7 - n].metrics[1]}) for n, look in enumerate(history)]
     assert judge(again) == []  # all its counters fall
-    assert judge([Look(look.time, {0: look.metrics[0], 1: {}}) for look in history]) == []
+    for odd in (
+        {},
+        {"passes": 3},
+        {**history[0].metrics[1], "rows": "many"},
+        {**history[0].metrics[1], "wait_s": {0: "x"}},
+    ):
+        assert judge([Look(look.time, {0: look.metrics[0], 1: odd}) for look in history]) == []
 
 
 def feed(watch: Watch, world: World, now: float, looks: int = 8) -> tuple[list[dict], list[int], float]:

@@ -17,8 +17,10 @@ from typing import Any
 
 from ..comm.locks import job_keys, listens
 from ..comm.messages import open_socket, pack, unpack, zmq
+from ..core.errors import ConfigError
 from . import hangs
 from .coordinator import Coordinator
+from .endpoint import REFRESH_S, Endpoint
 from .slow import Watch
 from .words import MAX_BYTES, PROTOCOL
 
@@ -61,6 +63,7 @@ def serve(settings: Settings, lifeline: int) -> int:
     now = time.monotonic()
     coordinator = Coordinator(settings.size, settings.silence_s, now, settings.returning)
     coordinator.watch = Watch(settings.drain_slower_than)
+    endpoint = _metrics(settings)
     log = Log(Path(settings.log_dir))
     ticked, over_at = 0.0, 0.0
     while not over_at or now - over_at < _LAST_WORDS_S:
@@ -85,9 +88,20 @@ def serve(settings: Settings, lifeline: int) -> int:
             if to:
                 door.send_multipart([to, pack({"protocol": PROTOCOL, **answer})])
         log.write(coordinator)
+        if endpoint is not None and now - endpoint.refreshed >= REFRESH_S:
+            endpoint.status, endpoint.refreshed = coordinator.status(now), now
     door.close(linger=500)
     context.term()
     return 1 if coordinator.why else 0
+
+
+def _metrics(settings: Settings) -> Endpoint | None:
+    """A job does not depend on being watched: where /metrics cannot be had it is said, and the job runs."""
+    try:
+        return Endpoint(settings.address, settings.metrics_port) if settings.metrics_port else None
+    except ConfigError as error:
+        print(f"moe-launch: {error}; this job runs without /metrics", file=sys.stderr, flush=True)
+        return None
 
 
 def _bind(door: zmq.Socket, where: str) -> None:

@@ -67,9 +67,7 @@ def judge(history: Sequence[Look]) -> list[Slow]:
         return []
     pairs = list(pairwise(history))
     done = {n: [made for before, after in pairs if (made := _between(n, before, after))] for n in history[-1].metrics}
-    known = {
-        n: _Rank(made, float(history[-1].metrics[n].get("speed", 1.0))) for n, made in done.items() if len(made) >= 3
-    }
+    known = {n: _Rank(made, history[-1].metrics[n].get("speed") or 1.0) for n, made in done.items() if len(made) >= 3}
     slow = _slow_per_row(known)
     waited = _waited_for({n: rank for n, rank in known.items() if rank.exact}, {one.rank for one in slow})
     return sorted([*slow, *waited], key=lambda found: (found.rank, found.kind))
@@ -78,15 +76,23 @@ def judge(history: Sequence[Look]) -> list[Slow]:
 def _between(rank: int, before: Look, after: Look) -> _Interval | None:
     """What `rank` did; None where the rank was not there, began anew, or made no pass."""
     old, new = before.metrics.get(rank, {}), after.metrics.get(rank, {})
-    if "passes" not in old or "passes" not in new or after.time <= before.time:
+    if not (_is_usable(old) and _is_usable(new)) or after.time <= before.time:
         return None
     passes, rows = new["passes"] - old["passes"], new["rows"] - old["rows"]
     experts_s = new["experts_s"] - old["experts_s"]
-    old_waits = {int(peer): seconds for peer, seconds in old["wait_s"].items()}
-    waits = {int(peer): seconds - old_waits.get(int(peer), 0.0) for peer, seconds in new["wait_s"].items()}
+    waits = {peer: seconds - old["wait_s"].get(peer, 0.0) for peer, seconds in new["wait_s"].items()}
     if passes <= 0 or min(rows, experts_s, *waits.values(), 0.0) < 0:
         return None
-    return _Interval(after.time - before.time, passes, rows, experts_s, waits, bool(new["waits_exact"]))
+    return _Interval(after.time - before.time, passes, rows, experts_s, waits, new.get("waits_exact") is True)
+
+
+def _is_usable(told: Mapping[str, Any]) -> bool:
+    """A rank that loads has counted nothing yet; one of another version may count otherwise."""
+    waits = told.get("wait_s")
+    if not isinstance(waits, dict):
+        return False
+    numbers = [told.get(name) for name in ("passes", "rows", "experts_s")]
+    return all(isinstance(number, (int, float)) for number in (*numbers, told.get("speed", 1.0), *waits.values()))
 
 
 class _Rank:
