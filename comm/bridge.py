@@ -4,6 +4,9 @@ It is for worlds whose nodes do not share a torch or an MPI. Ranks meet at rank 
 versions and hands everybody the table of addresses; then every rank sends to every other through a socket of its own.
 Large payloads go in chunks, so that sending, the wire and copying in overlap. Receivers know from whom each byte came,
 so a deadline names exactly who did not deliver.
+
+Where the job has a secret the meeting is under CURVE (comm/locks.py), and whoever opens a connection for rows proves a
+pass that travelled in the meeting's table; with encryption these connections are CURVE's too.
 """
 
 from __future__ import annotations
@@ -12,45 +15,94 @@ import math
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
 
 from ..core.environment import address_towards, is_loopback
 from ..core.errors import ConfigError, PeerLost, PeerTimeout
+from .greeting import BridgeLock, gather_world, name_of, report_to_rank_0
 from .messages import open_socket, pack, unpack, zmq
 from .pairwise import PairwiseTransport
 from .quirks import as_bytes
 from .staging import copy_in, host_chunks
-from .transport import Waits, check_peer
+from .transport import SLICE_S, Interruption, Waits, check_peer
 
 PROTOCOL = 1
 CHUNK_BYTES = 1 << 20
+HEADER_BYTES = 64
 _BYE = -1  # the operation number of a rank that leaves
 
 
 def meet(
-    rank: int, size: int, address: str, port: int, deadline_s: float, about: dict[str, Any], bind: str | None = None
+    rank: int,
+    size: int,
+    address: str,
+    port: int,
+    deadline_s: float,
+    about: dict[str, Any],
+    bind: str | None = None,
+    secret: bytes | None = None,
+    encrypt: bool = False,
 ) -> BridgeTransport:
     """Join a world of `size` ranks at rank 0's address:port. `about` must be equal on all ranks (versions, hashes).
 
     bind: the address of this rank's own socket; by default loopback when rank 0 is on loopback, else the address of
-    the interface that leads to rank 0. Raises ConfigError naming rank and field when `about` differs, PeerTimeout
-    naming the missing ranks when the deadline passes.
+    the interface that leads to rank 0. secret: the job's; None lets in whoever comes. encrypt: rows too. Raises
+    ConfigError naming rank and field when `about` differs, PeerTimeout naming the missing ranks when the deadline
+    passes.
     """
+    if encrypt and secret is None:
+        raise ConfigError(
+            'bridge_encryption = "on": there is no secret to derive keys from; start with moe-launch, or set '
+            "MOE_RUNTIME_JOB_SECRET to the same value on all ranks"
+        )
     context = zmq.Context()
-    inbox = open_socket(context, zmq.ROUTER)
     host = bind or (address if is_loopback(address) else address_towards(address, port))
+    lock = BridgeLock(context, size, rank, secret, encrypt)
     try:
+        inbox = open_socket(context, zmq.ROUTER)
+        lock.guard(inbox, CHUNK_BYTES, rows=True)
         own_port = inbox.bind_to_random_port(f"tcp://{host}")
-        hello = {"protocol": PROTOCOL, "rank": rank, "size": size, "endpoint": f"tcp://{host}:{own_port}", **about}
+        mine = {"rank": rank, "size": size, "endpoint": f"tcp://{host}:{own_port}", "token": lock.token.hex()}
+        hello = {"protocol": PROTOCOL, "encrypted": encrypt, **mine, **about}
         ends = time.monotonic() + deadline_s
         if rank == 0:
-            table = _gather_world(context, size, address, port, hello, ends, deadline_s)
+            table = gather_world(context, lock, size, address, port, hello, ends, deadline_s)
         else:
-            table = _report_to_rank_0(context, rank, address, port, hello, ends, deadline_s)
-        return BridgeTransport(context, inbox, host, rank, [entry["endpoint"] for entry in table], deadline_s)
+            table = report_to_rank_0(context, lock, rank, address, port, hello, ends, deadline_s)
+        return BridgeTransport(context, inbox, host, rank, table, deadline_s, lock)
     except BaseException:
+        lock.close()
+        context.destroy(linger=0)
+        raise
+
+
+def meet_through(
+    exchange: Callable[[dict[str, Any]], list[dict[str, Any]]],
+    rank: int,
+    size: int,
+    host: str,
+    deadline_s: float,
+    secret: bytes,
+    encrypt: bool,
+    interruption: Interruption,
+) -> BridgeTransport:
+    """As `meet`, for ranks that have another authenticated way to hand each other their addresses: `exchange` gives
+    every rank's entry, in rank order. host: the address of this rank that the others reach."""
+    context = zmq.Context()
+    lock = BridgeLock(context, size, rank, secret, encrypt)
+    try:
+        inbox = open_socket(context, zmq.ROUTER)
+        lock.guard(inbox, CHUNK_BYTES, rows=True)
+        own_port = inbox.bind_to_random_port(f"tcp://{host}")
+        table = exchange({"endpoint": f"tcp://{host}:{own_port}", "token": lock.token.hex(), "encrypted": encrypt})
+        if len({entry["encrypted"] for entry in table}) > 1:
+            raise ConfigError("bridge_encryption differs between ranks; give all the same")
+        return BridgeTransport(context, inbox, host, rank, table, deadline_s, lock, interruption)
+    except BaseException:
+        lock.close()
         context.destroy(linger=0)
         raise
 
@@ -63,10 +115,20 @@ class BridgeTransport(PairwiseTransport):
     """
 
     def __init__(
-        self, context: zmq.Context, inbox: zmq.Socket, host: str, rank: int, endpoints: list[str], deadline_s: float
+        self,
+        context: zmq.Context,
+        inbox: zmq.Socket,
+        host: str,
+        rank: int,
+        table: list[dict[str, Any]],
+        deadline_s: float,
+        lock: BridgeLock,
+        interruption: Interruption | None = None,
     ) -> None:
-        super().__init__(rank, len(endpoints), deadline_s)
+        super().__init__(rank, len(table), deadline_s)
         self.name = "bridge:zeromq"
+        self._lock, self._interruption = lock, interruption or Interruption()
+        self._peers = {name_of(peer).encode(): peer for peer in range(self.size) if peer != rank}
         self.host = host  # the address of this rank that the others reach
         self._context, self._inbox = context, inbox
         self._operation = 0
@@ -80,13 +142,15 @@ class BridgeTransport(PairwiseTransport):
         for peer in range(self.size):
             if peer == rank:
                 continue
-            socket = open_socket(context, zmq.DEALER, identity=f"rank {rank}".encode())
+            socket = open_socket(context, zmq.DEALER, identity=name_of(rank).encode())
+            lock.open(socket, bytes.fromhex(table[peer]["token"]))
             monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
             self._poller.register(monitor, zmq.POLLIN)
             self._monitors[monitor] = peer
-            socket.connect(endpoints[peer])
+            socket.connect(table[peer]["endpoint"])
             self._out[peer] = socket
         self.barrier("rendezvous")
+        lock.all_are_in()
 
     # ---- the contract, beside what PairwiseTransport makes of `start` -------------------------------------------
 
@@ -101,16 +165,20 @@ class BridgeTransport(PairwiseTransport):
         self._pair_operations[source, self.rank] += 1
         self._collect(("pair", self._pair_operations[source, self.rank]), {source: tensor.detach()}, phase, "")
 
+    def describe(self) -> list[str]:
+        return [self._lock.describe()]
+
     def close(self) -> None:
         if self._context.closed:
             return
+        self._lock.close()
         for socket in self._out.values():
             socket.send_multipart([pack([_BYE, 0, 0])], flags=zmq.DONTWAIT)
             socket.disable_monitor()
         for monitor in self._monitors:
             monitor.close(linger=0)
         # Give what was sent a moment to leave, but never hang on a peer that is dead.
-        self._context.destroy(linger=1000)
+        self._context.destroy(linger=1000 if self._interruption.why is None and not self._gone else 0)
 
     # ---- moving bytes -------------------------------------------------------------------------------------------
 
@@ -161,11 +229,12 @@ class BridgeTransport(PairwiseTransport):
         views = {peer: as_bytes(tensor).view(-1) for peer, tensor in incoming.items()}
         missing = {peer: max(1, math.ceil(len(view) / CHUNK_BYTES)) for peer, view in views.items()}
         began = time.monotonic()
+        chunks = dict(missing)
         while missing:
             for peer in list(missing):
                 waiting = self._arrived[operation, peer]
                 while waiting and peer in missing:
-                    self._copy_in(waiting.popleft(), views[peer], peer, phase)
+                    self._copy_in(waiting.popleft(), chunks[peer] - missing[peer], views[peer], peer, phase)
                     missing[peer] -= 1
                     if missing[peer] == 0:
                         del missing[peer]
@@ -176,12 +245,20 @@ class BridgeTransport(PairwiseTransport):
                 return
             self._receive(began + self.deadline_s, tuple(missing), phase, detail)
 
-    def _copy_in(self, message: tuple[int, int, Any], view: torch.Tensor, peer: int, phase: str) -> None:
+    def _copy_in(self, message: tuple[int, int, Any], due: int, view: torch.Tensor, peer: int, phase: str) -> None:
+        """due: the number of the chunk that is to come now; ZeroMQ keeps a peer's frames in order."""
         total, number, part = message
         if total != len(view):
             raise PeerLost(
                 f"rank {self.rank}, phase {phase}: rank {peer} sent {total} bytes where {len(view)} were expected; "
                 "the two are in different calls",
+                rank=peer,
+                phase=phase,
+            )
+        if number != due or len(part) != min(CHUNK_BYTES, total - number * CHUNK_BYTES):
+            raise PeerLost(
+                f"rank {self.rank}, phase {phase}: rank {peer} sent chunk {number} of {len(part)} bytes where chunk "
+                f"{due} of {total} bytes in all was due; is it broken, or another moe-runtime?",
                 rank=peer,
                 phase=phase,
             )
@@ -195,8 +272,10 @@ class BridgeTransport(PairwiseTransport):
         for peer in missing:
             if peer in self._gone:
                 raise self._lost(peer, phase)
-        left = ends - time.monotonic()
-        ready = dict(self._poller.poll(max(0.0, left) * 1000)) if left > 0 else {}
+        ready: dict[Any, int] = {}
+        while not ready and (left := ends - time.monotonic()) > 0:
+            self._interruption.check(self.rank, phase)
+            ready = dict(self._poller.poll(min(left, SLICE_S) * 1000))
         if not ready:
             raise PeerTimeout(
                 f"rank {self.rank}, phase {phase}: waited {self.deadline_s:g} s for ranks {list(missing)} over "
@@ -206,43 +285,56 @@ class BridgeTransport(PairwiseTransport):
                 phase=phase,
             )
         if self._inbox in ready:
-            self._drain()
+            self._drain(phase)
         for monitor, peer in self._monitors.items():
             if monitor in ready:
                 monitor.recv_multipart()
-                self._drain()  # what it sent before it went still counts
+                self._drain(phase)  # what it sent before it went still counts
                 self._gone.setdefault(peer, "closed its connection")
 
-    def _drain(self) -> None:
+    def _drain(self, phase: str) -> None:
         while True:
             try:
-                sender, header, *parts = self._inbox.recv_multipart(flags=zmq.DONTWAIT, copy=False)
+                sender, *frames = self._inbox.recv_multipart(flags=zmq.DONTWAIT, copy=False)
             except zmq.Again:
                 return
-            peer = int(sender.bytes.decode().removeprefix("rank "))
-            operation, total, number = unpack(header.bytes)
+            peer = self._peers.get(sender.bytes)
+            if peer is None:
+                self._lock.stranger("messages of strangers")
+                continue
+            try:
+                operation, total, number = read_header(frames[0].bytes if frames else b"", len(frames) - 1)
+            except ValueError as error:
+                raise PeerLost(
+                    f"rank {self.rank}, phase {phase}: rank {peer} sent what is no frame of rows ({error}); is it "
+                    "broken, or another moe-runtime?",
+                    rank=peer,
+                    phase=phase,
+                ) from None
             if operation == _BYE:
                 self._gone[peer] = "left (its runtime was closed)"
                 continue
-            key = tuple(operation) if isinstance(operation, list) else operation
-            self._arrived[key, peer].append((total, number, parts[0].buffer))
+            self._arrived[operation, peer].append((total, number, frames[1].buffer))
 
     def _finish_sending(self, trackers: list[zmq.MessageTracker], phase: str, peers: tuple[int, ...]) -> None:
         """The caller may write to its tensors again once ZeroMQ has let go of them."""
         ends = time.monotonic() + self.deadline_s
         for tracker in trackers:
-            try:
-                tracker.wait(max(0.001, ends - time.monotonic()))
-            except zmq.NotDone:
+            while not tracker.done and (left := ends - time.monotonic()) > 0:
+                self._interruption.check(self.rank, phase)
+                with suppress(zmq.NotDone):
+                    tracker.wait(min(left, SLICE_S))
+            if not tracker.done:
                 raise PeerTimeout(
                     f"rank {self.rank}, phase {phase}: ranks {list(peers)} did not take what was sent within "
                     f"{self.deadline_s:g} s over {self.name}",
                     waiting_rank=self.rank,
                     ranks=peers,
                     phase=phase,
-                ) from None
+                )
 
     def _check_open(self, phase: str) -> None:
+        self._interruption.check(self.rank, phase)
         if self._context.closed:
             raise RuntimeError(f"{phase}: the transport is closed")
 
@@ -254,68 +346,23 @@ class BridgeTransport(PairwiseTransport):
         )
 
 
-# ---- meeting ----------------------------------------------------------------------------------------------------
+def read_header(data: bytes, parts: int) -> tuple[Any, int, int]:
+    """Operation (a number, or ("pair", number)), bytes of the whole payload, number of this chunk.
 
-
-def _gather_world(
-    context: zmq.Context, size: int, address: str, port: int, hello: dict, ends: float, deadline_s: float
-) -> list[dict]:
-    """Rank 0: wait for every rank's hello, compare, and answer all with the table or with what is wrong."""
-    door = open_socket(context, zmq.ROUTER)
-    try:
-        door.bind(f"tcp://{address}:{port}")
-    except zmq.ZMQError as error:
-        raise ConfigError(f"rank 0 cannot listen at {address}:{port} ({error}); give another --master-port") from error
-    hellos, answers_to = {0: hello}, {}
-    while len(hellos) < size:
-        if not door.poll(max(0.0, ends - time.monotonic()) * 1000):
-            missing = tuple(rank for rank in range(size) if rank not in hellos)
-            raise PeerTimeout(
-                f"rank 0, phase rendezvous: ranks {list(missing)} did not come to {address}:{port} "
-                f"within {deadline_s:g} s",
-                waiting_rank=0,
-                ranks=missing,
-                phase="rendezvous",
-            )
-        sender, message = door.recv_multipart()
-        theirs = unpack(message)
-        answers_to[theirs["rank"]] = sender
-        hellos[theirs["rank"]] = theirs
-    problem = disagreement(hellos)
-    table = [hellos[rank] for rank in sorted(hellos)]
-    for sender in answers_to.values():
-        door.send_multipart([sender, pack({"problem": problem, "table": table})])
-    door.close(linger=2000)
-    if problem:
-        raise ConfigError(problem)
-    return table
-
-
-def _report_to_rank_0(
-    context: zmq.Context, rank: int, address: str, port: int, hello: dict, ends: float, deadline_s: float
-) -> list[dict]:
-    door = open_socket(context, zmq.DEALER)
-    door.connect(f"tcp://{address}:{port}")
-    door.send(pack(hello))
-    if not door.poll(max(0.0, ends - time.monotonic()) * 1000):
-        raise PeerTimeout(
-            f"rank {rank}, phase rendezvous: rank 0 at {address}:{port} did not answer within {deadline_s:g} s "
-            "(it waits for all ranks; its own message names the missing ones)",
-            waiting_rank=rank,
-            ranks=(0,),
-            phase="rendezvous",
-        )
-    answer = unpack(door.recv())
-    door.close(linger=0)
-    if answer["problem"]:
-        raise ConfigError(answer["problem"])
-    return answer["table"]
-
-
-def disagreement(hellos: dict[int, dict]) -> str | None:
-    """The first field in which a rank differs from rank 0, in words; None when all agree."""
-    for rank in sorted(hellos):
-        for field, value in hellos[0].items():
-            if field not in ("rank", "endpoint") and hellos[rank].get(field) != value:
-                return f"rank {rank} disagrees with rank 0 on {field}: {hellos[rank].get(field)!r} against {value!r}"
-    return None
+    parts: frames that came with it. Raises ValueError for anything else.
+    """
+    header = unpack(data, HEADER_BYTES, items=8, depth=2)
+    if not isinstance(header, list) or len(header) != 3:
+        raise ValueError("not three fields")
+    operation, total, number = header
+    if isinstance(operation, list) and len(operation) == 2 and operation[0] == "pair":
+        key, count = tuple(operation), operation[1]
+    else:
+        key = count = operation
+    if any(type(value) is not int for value in (count, total, number)):
+        raise ValueError("fields that are no whole numbers")
+    if count < _BYE or total < 0 or not 0 <= number < max(1, math.ceil(total / CHUNK_BYTES)):
+        raise ValueError(f"chunk {number} of {total} bytes, operation {count}")
+    if parts != (key != _BYE):
+        raise ValueError(f"{parts} parts")
+    return key, total, number

@@ -22,6 +22,7 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 from ..core import native
+from .transport import SLICE_S
 from .window import FRAME_BYTES
 
 DATA, FREE, SMALL, OPEN, WRITTEN, BLAME = range(1, 7)
@@ -29,7 +30,6 @@ HEAD = struct.Struct("=qq")  # kind; number of the message, counted from 1 each 
 # DATA: bytes in this chunk, bytes of the message. OPEN: bytes sent, bytes expected, where in the sender's window.
 # WRITTEN: bytes. BLAME: a rank. A small message is its bytes after the head.
 FRAME = struct.Struct("=qqqqq")
-SLICE_S = 0.02  # how long a rank sleeps before it looks whether others have ended
 _SPIN_NS = 200_000  # at most, before it sleeps
 
 

@@ -226,4 +226,4 @@ class CompositeTransport(InHalves):
             lines.append(
                 f"rank {source}".ljust(10) + "".join(self.path(source, to).rjust(width) for to in range(self.size))
             )
-        return lines
+        return lines + self._bridge.describe()

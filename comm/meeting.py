@@ -8,6 +8,7 @@ from __future__ import annotations
 import mmap
 import os
 import secrets
+import select
 import socket
 import struct
 import time
@@ -19,6 +20,7 @@ import torch.distributed as dist
 
 from ..core.errors import ConfigError, PeerLost, PeerTimeout
 from .frames import extension
+from .transport import SLICE_S, Interruption
 from .window import Layout
 
 _PROTOCOL = 2
@@ -36,7 +38,9 @@ class Peer:
     has_rings: bool
 
 
-def meet(store: Any, rank: int, size: int, deadline_s: float, window: int, layout: Layout) -> dict[int, Peer]:
+def meet(
+    store: Any, rank: int, size: int, deadline_s: float, window: int, layout: Layout, interruption: Interruption
+) -> dict[int, Peer]:
     """A socket to every other rank, and a mapping of its window; higher ranks call lower ones."""
     until = time.monotonic() + deadline_s
     missing = set(range(size)) - {rank}
@@ -49,12 +53,12 @@ def meet(store: Any, rank: int, size: int, deadline_s: float, window: int, layou
             store.set(f"shm/{rank}", name)
             for peer in range(rank):
                 store.wait([f"shm/{peer}"], timedelta(seconds=max(until - time.monotonic(), 0.001)))
-                _greet(_call(store.get(f"shm/{peer}"), peer, until), rank, window, layout, until, peers)
+                _greet(_call(store.get(f"shm/{peer}"), peer, until), rank, window, layout, until, peers, interruption)
                 missing -= peers.keys()
             while missing:
-                _set_timeout(listener, until)
+                _await(listener, rank, until, interruption)
                 connection, _ = listener.accept()
-                _greet(connection, rank, window, layout, until, peers)
+                _greet(connection, rank, window, layout, until, peers, interruption)
                 missing -= peers.keys()
         return peers
     except BaseException as error:
@@ -77,8 +81,22 @@ def meet(store: Any, rank: int, size: int, deadline_s: float, window: int, layou
         raise
 
 
+def _await(one: socket.socket, rank: int, until: float, interruption: Interruption) -> None:
+    """Until somebody calls, or answers."""
+    while not select.select([one], [], [], SLICE_S)[0]:
+        interruption.check(rank, "rendezvous")
+        if time.monotonic() > until:
+            raise TimeoutError("timed out")
+
+
 def _greet(
-    connection: socket.socket, rank: int, window: int, layout: Layout, until: float, peers: dict[int, Peer]
+    connection: socket.socket,
+    rank: int,
+    window: int,
+    layout: Layout,
+    until: float,
+    peers: dict[int, Peer],
+    interruption: Interruption,
 ) -> None:
     """Swap ranks and windows over a fresh connection, and add the peer; a stranger's connection is closed."""
     pid, uid, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
@@ -89,6 +107,7 @@ def _greet(
         _set_timeout(connection, until)
         hello = _HELLO.pack(_PROTOCOL, rank, layout.window_bytes, extension() is not None)
         socket.send_fds(connection, [hello], [window])
+        _await(connection, rank, until, interruption)
         answer, descriptors, _, _ = socket.recv_fds(connection, _HELLO.size, 1)
         try:
             if len(answer) != _HELLO.size or len(descriptors) != 1:

@@ -6,6 +6,8 @@ first and form their islands there. Stores listen on the address the launcher na
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import importlib
 import os
 import socket
@@ -16,7 +18,7 @@ import torch.distributed as dist
 from ..core import environment
 from ..core.errors import ConfigError, PeerTimeout, VendorUnavailable
 from . import bridge, mpi
-from .bridge import disagreement
+from .greeting import disagreement
 from .group import join_group, listen, open_store
 from .hostbridge import HostBridge
 from .islands import join_islands, over_group
@@ -35,6 +37,7 @@ def connect(
     about: dict[str, Any] | None = None,
     place: Place = ON_CPU,
     bridge_kind: str = "zeromq",
+    encrypt: bool = False,
 ) -> Transport:
     """The transport of this rank's world. Every rank calls it; it returns when all have come.
 
@@ -43,16 +46,22 @@ def connect(
     all ranks that meet over ZeroMQ (versions, hashes); torch.distributed has no such check, and the dispatcher's own
     comes later. place: where this rank computes.
     bridge_kind: between islands, "zeromq", or "gloo" or "mpi" where all nodes have the same, or "flagcx".
+    encrypt: rows over ZeroMQ. Ranks prove the job's secret where the environment has one.
 
     If the caller has initialised torch.distributed already, its default group is used and left open on close.
     Raises PeerTimeout when some rank has not come within `timeout_s`, ConfigError when the address cannot be used.
     """
     one_machine = world.local_size == world.size
-    if kind == "auto" and one_machine and _can_share_memory(place):
+    if kind == "auto" and one_machine and can_share_memory(place):
         kind = "shm"
     if (kind == "zeromq" or (kind == "islands" and bridge_kind == "zeromq")) and world.size > 1:
-        joined = bridge.meet(world.rank, world.size, *_meeting_point(world, timeout_s), timeout_s, about or {})
+        secret, point = environment.job_secret(), _meeting_point(world, timeout_s)
+        joined = bridge.meet(
+            world.rank, world.size, *point, timeout_s, about or {}, secret=_of_attempt(secret, world), encrypt=encrypt
+        )
         return joined if kind == "zeromq" else join_islands(joined, place, timeout_s)
+    if encrypt and kind != "shm" and world.size > 1:
+        raise ConfigError('bridge_encryption = "on": nothing would encrypt these rows; use transport "zeromq"')
     if kind == "islands" and world.size > 1:
         host = world.master_addr or ("127.0.0.1" if one_machine else socket.gethostbyname(socket.gethostname()))
         over = connect(world, timeout_s, "gloo" if bridge_kind == "flagcx" else bridge_kind)
@@ -84,7 +93,7 @@ def connect(
     return _over_group(place, timeout_s, kind)
 
 
-def _can_share_memory(place: Place) -> bool:
+def can_share_memory(place: Place) -> bool:
     """Whether CPU ranks of one machine had better use shm; a group that the caller has made already is used."""
     if place.device.type != "cpu" or dist.is_initialized() or not hasattr(os, "memfd_create"):
         return False
@@ -134,6 +143,11 @@ def _store(world: environment.WorldEnvironment, timeout_s: float) -> dist.Store:
     address, port, listener = _endpoint(world)
     store = open_store(address, port, listener, world.size, timeout_s)
     return dist.PrefixStore(f"moe_runtime_shm_{world.attempt}", store)
+
+
+def _of_attempt(secret: bytes | None, world: environment.WorldEnvironment) -> bytes | None:
+    """Each start of the ranks has keys of its own, also where the secret is the user's and stays the same."""
+    return secret and hmac.digest(secret, f"attempt {world.attempt}".encode(), hashlib.sha256)
 
 
 def _meeting_point(world: environment.WorldEnvironment, timeout_s: float) -> tuple[str, int]:

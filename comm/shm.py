@@ -27,9 +27,9 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
-from ..core.errors import ConfigError, MoeRuntimeError, PeerLost, PeerTimeout, ViewPassed
+from ..core.errors import ConfigError, MoeRuntimeError, PeerLost, PeerTimeout
 from ..core.memory import pool
-from .frames import SLICE_S, Bell, Broken, Poll, Ring, Waiter, Wire, extension
+from .frames import Bell, Broken, Poll, Ring, Waiter, Wire, extension
 from .lane import (
     EAGER_BYTES,
     ELSEWHERE,
@@ -45,7 +45,18 @@ from .lane import (
 )
 from .meeting import meet
 from .parcels import Parcels, Post
-from .transport import InHalves, Waits, byte_view, check_counts, check_peer, describe_counts, once, reduce_in_rank_order
+from .transport import (
+    SLICE_S,
+    InHalves,
+    Interruption,
+    Waits,
+    byte_view,
+    check_counts,
+    check_peer,
+    describe_counts,
+    once,
+    reduce_in_rank_order,
+)
 from .window import Arena, create, layout_of
 
 _WINDOW_BYTES = 512 << 20
@@ -72,21 +83,29 @@ class SharedMemoryTransport(InHalves):
     Raises PeerTimeout when a rank has not come within the deadline, ConfigError when ranks are not on one host.
     """
 
-    def __init__(self, store: Any, rank: int, size: int, deadline_s: float, window_bytes: int = _WINDOW_BYTES) -> None:
+    def __init__(
+        self,
+        store: Any,
+        rank: int,
+        size: int,
+        deadline_s: float,
+        window_bytes: int = _WINDOW_BYTES,
+        interruption: Interruption | None = None,
+    ) -> None:
         if not 0 <= rank < size:
             raise ConfigError(f"rank {rank} is not in 0..{size - 1}")
         self.rank, self.size, self.deadline_s = rank, size, deadline_s
         self.waits = Waits(size)
         self._latest: _Exchange | _Rows | None = None  # all before it have ended
         self._unusable: str | None = None
-        self._interrupted: str | None = None
+        self._interruption = interruption or Interruption()
         self._blamed: int | None = None
         self._lanes: dict[int, Lane] = {}
         self._layout = layout_of(size, window_bytes)
         descriptor = create(self._layout)
         try:
             window = mmap.mmap(descriptor, self._layout.window_bytes)
-            peers = meet(store, rank, size, deadline_s, descriptor, self._layout)
+            peers = meet(store, rank, size, deadline_s, descriptor, self._layout, self._interruption)
         finally:
             os.close(descriptor)  # the mappings keep the memory
         self._arena = Arena(window, self._layout)
@@ -251,10 +270,6 @@ class SharedMemoryTransport(InHalves):
     def barrier(self, phase: str) -> None:
         self._exchange_all([_NOTHING] * self.size, [_NOTHING] * self.size, phase, lambda: "")
 
-    def interrupt(self, why: str) -> None:
-        """From another thread: have this rank's waits, and all later calls, raise ViewPassed within SLICE_S."""
-        self._interrupted = why
-
     def close(self) -> None:
         self._unusable = self._unusable or "it is closed"
         for lane in self._lanes.values():
@@ -378,7 +393,7 @@ class SharedMemoryTransport(InHalves):
         self._check_usable(exchange.phase)
         waited = 0.0  # not the time that this rank's own writing takes
         while exchange.busy:
-            self._check_interrupted(exchange.phase)
+            self._interruption.check(self.rank, exchange.phase)
             if waited >= self.deadline_s:
                 self._time_out(exchange, {peer: lane.progress() for peer, lane in exchange.busy.items()})
             began = time.monotonic()
@@ -444,13 +459,8 @@ class SharedMemoryTransport(InHalves):
             phase=phase,
         )
 
-    def _check_interrupted(self, phase: str) -> None:
-        if self._interrupted is not None:
-            self._unusable = self._unusable or self._interrupted
-            raise ViewPassed(f"rank {self.rank}, phase {phase}: {self._interrupted}")
-
     def _check_usable(self, phase: str) -> None:
-        self._check_interrupted(phase)
+        self._interruption.check(self.rank, phase)
         if self._unusable is not None:
             raise RuntimeError(f"{phase}: the transport cannot be used any more: {self._unusable}")
 
@@ -582,7 +592,7 @@ class _Rows:
         transport, post = self.transport, self.post
         deadline_s = transport.deadline_s
         while not self._all_there(min(SLICE_S, deadline_s)):
-            transport._check_interrupted(self.phase)
+            transport._interruption.check(transport.rank, self.phase)
             waited_s = 1e-9 * int(post.waited_ns.max())
             for peer in post.missing():
                 transport._step(self, peer, transport._lanes[peer].check)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from ..core.errors import ConfigError
+from ..core.errors import ConfigError, ViewPassed
 from .quirks import as_bytes
 
 
@@ -46,6 +46,22 @@ class Waits:
         """Copy what `other` knows of `other_peer` to `peer`."""
         for name in ("count", "total_s", "longest_s"):
             getattr(self, name)[peer] = getattr(other, name)[other_peer]
+
+
+class Interruption:
+    """Set from another thread where a rank waits for what will not come: within SLICE_S its wait raises ViewPassed.
+
+    One is shared by all that is made for a view; a transport that was interrupted is of no use any more.
+    """
+
+    why: str | None = None
+
+    def check(self, rank: int, phase: str) -> None:
+        if self.why is not None:
+            raise ViewPassed(f"rank {rank}, phase {phase}: {self.why}")
+
+
+SLICE_S = 0.02  # how long a rank sleeps before it looks whether others have ended, or it is interrupted
 
 
 class Transport(Protocol):

@@ -117,12 +117,16 @@ class BalancedChooser(ReplicaChooser):
         self._cost, self._fixed = np.array(cost, dtype=np.float64), np.array(fixed, dtype=np.float64)
         self._node_R = np.array(rank_node, dtype=np.int64)
         self._slots, self._begin = kernels.slots_by_expert(self._expert_S, placement.num_experts)
+        # Indexed by an id, -1 included: what nobody can compute is not counted.
+        self._is_absent = None if placement.absent is None else np.append(placement.absent[layer], False)
 
     def choose(self, topk_ids_TK: torch.Tensor) -> torch.Tensor:
         """See ReplicaChooser.choose. Exchanges counts with the other ranks."""
         ids = topk_ids_TK.to("cpu", torch.int64)
         self.check(ids)
         ids_N = ids.reshape(-1).numpy()
+        if self._is_absent is not None:
+            ids_N = np.where(self._is_absent[ids_N], -1, ids_N)
         counts_E = np.bincount(ids_N[ids_N >= 0], minlength=len(self._begin) - 1)
         counts_RE = self._gather(torch.from_numpy(counts_E)).numpy()
         take_S = tokens_to_slots(

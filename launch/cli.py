@@ -9,12 +9,14 @@ import argparse
 import importlib
 import os
 import re
+import secrets
 import shlex
 import shutil
 import socket
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,10 @@ from ..core.environment import is_loopback, rank_environment
 from ..core.errors import ConfigError
 from . import records
 from .generation import options as generation
-from .local import Rank, run_ranks
+from .job import secret_file
+from .local import Ended, Rank, run_ranks
 from .machine import available_cores, free_port
-from .options import BothSpellings, Parser, PassOn, add, add_launch_options, seconds
+from .options import BothSpellings, Parser, PassOn, add, add_launch_options, seconds, whole_number
 from .toml import read_toml
 from .worker import USER_ERROR_CODE, USER_ERRORS, one_line
 
@@ -77,6 +80,9 @@ Ctrl-C ends it, the job goes on. The exit code is 3 where the job is not running
     "stop": """examples:
   moe-launch stop generate-20261124-120000-1f2e
 Works on every host that has a part in the job; ranks get SIGTERM, and SIGKILL after the job's --shutdown-timeout.""",
+    "drain": """examples:
+  moe-launch drain generate-20261124-120000-4711 2
+For jobs that were started with --on-loss.""",
     "check": """examples:
   moe-launch check
   moe-launch check --vendor ascend --json > report.json
@@ -175,6 +181,12 @@ def _jobs_here(options: argparse.Namespace) -> int:
     return status.status(options) if options.name == "status" else status.stop(options)
 
 
+def _drain(options: argparse.Namespace) -> int:
+    from . import status
+
+    return status.drain(options)
+
+
 def _job_arguments(options: argparse.Namespace) -> list[str]:
     return [*options.job_arguments, *(["--cluster", options.cluster] if options.cluster else [])]
 
@@ -219,16 +231,41 @@ def _launch(
     print(f"moe-launch: {len(ranks)} rank{'s'[: len(ranks) != 1]}, logs in {log_dir}", file=sys.stderr)
     record = records.write(log_dir.name, engine="local", log_dir=str(log_dir.absolute()))
     settings = {"shutdown_timeout": options.shutdown_timeout, "clean_stdout": clean_stdout, "tee": options.tee}
-    ended = run_ranks(ranks, log_dir, **settings)
+
+    def start(attempt: int, logs: Path) -> Ended:
+        with tempfile.TemporaryDirectory(prefix="moe-launch-") as folder:  # of this user alone (tempfile.mkdtemp)
+            secret = secret_file(Path(folder), secrets.token_hex(32))
+            ranks = _plan_ranks(options, cluster, job, target, attempt, secret)
+            if options.on_loss != "fail":
+                return run_ranks(ranks, logs, **settings, keep=_keeper(options, len(ranks), logs, record))
+            return run_ranks(ranks, logs, **settings)
+
+    ended = start(0, log_dir)
+    if options.on_loss != "fail":  # restarts were those of single ranks
+        records.end(record, ended.code)
+        return ended.code
     for attempt in range(1, options.max_restarts + 1):
         if not ended.may_restart:
             break
         again = f"starting all ranks again ({attempt} of at most {options.max_restarts} restarts)"
         print(f"moe-launch: {again}", file=sys.stderr)
         (logs := log_dir / f"restart_{attempt}").mkdir(exist_ok=True)
-        ended = run_ranks(_plan_ranks(options, cluster, job, target, attempt), logs, **settings)
+        ended = start(attempt, logs)
     records.end(record, ended.code)
     return ended.code
+
+
+def _keeper(options: argparse.Namespace, size: int, log_dir: Path, record: Path) -> Callable[..., Any]:
+    """What makes the keeper of a job that survives losses (keeper.py: zmq and msgpack, which others do not need)."""
+    from .keeper import Keeper, Survival
+
+    def make(events: Any) -> Keeper:
+        survival = Survival(options.on_loss, options.silence, options.max_restarts)
+        keeper = Keeper(survival, size, "127.0.0.1", free_port(), log_dir, events)
+        records.add(record, coordinator=[keeper.address, keeper.port], secret=keeper.secret)
+        return keeper
+
+    return make
 
 
 def _launch_nodes(
@@ -309,7 +346,12 @@ def _devices(cluster: Cluster) -> list[tuple[Node, int]]:
 
 
 def _plan_ranks(
-    options: argparse.Namespace, cluster: Cluster, job: str, target: list[str], attempt: int = 0
+    options: argparse.Namespace,
+    cluster: Cluster,
+    job: str,
+    target: list[str],
+    attempt: int = 0,
+    secret: Mapping[str, str] | None = None,
 ) -> list[Rank]:
     size = cluster.num_ranks
     address, port = options.master_addr or "127.0.0.1", options.master_port or free_port()
@@ -317,6 +359,7 @@ def _plan_ranks(
     ranks = []
     for number, node in enumerate(cluster.rank_nodes()):
         env = rank_environment(number, size, number, size, address, port, max(1, cores // size))
+        env |= secret or {}
         env |= {"TORCHELASTIC_RUN_ID": job, "TORCHELASTIC_USE_AGENT_STORE": "False"}
         env |= {"TORCHELASTIC_RESTART_COUNT": str(attempt), "TORCHELASTIC_MAX_RESTARTS": str(options.max_restarts)}
         if options.threads_per_rank:
@@ -379,6 +422,15 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("job", metavar="JOB", nargs=nargs, help="as the launcher printed it")
         added.add_argument("--json", action="store_true", help="one JSON object on stdout")
         added.add_argument("--timeout", type=seconds, default=60.0, metavar="SECONDS", help="of the wait for its end")
+
+    what = "Have a rank leave a running job; its experts and its work go to the others."
+    drained = commands.add_parser("drain", help=what, description=what, epilog=_EXAMPLES["drain"])
+    drained.set_defaults(command=_drain)
+    drained.add_argument("job", metavar="JOB", help="as the launcher printed it")
+    drained.add_argument("rank", metavar="RANK", type=whole_number(0), help="the rank's number")
+    drained.add_argument(
+        "--timeout", type=seconds, default=300.0, metavar="SECONDS", help="of the wait for its leaving"
+    )
 
     commands.add_parser("bench", help="Measure on this machine; see moe-launch bench --help.")
     return parser

@@ -2,29 +2,33 @@
 
 `Controller` decides and touches no socket: messages in, messages out, the time as an argument. It lives beside node 0;
 `serve` gives it a socket there and `Link` is an agent's or a client's end. Every agent sends one short message a
-`BEAT_S` and gets one back, so traffic grows with the number of nodes and not with its square. A message carries an
-HMAC (SHA-256) by the job's secret; one without it is dropped.
+`BEAT_S` and gets one back, so traffic grows with the number of nodes and not with its square. Connections are CURVE's,
+by keys that follow from the job's secret (comm/locks.py): who has not got it is not let in, and counted.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import itertools
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..comm.locks import Doorkeeper, calls, job_keys, listens, set_bounds
 from ..comm.messages import open_socket, pack, unpack, zmq
 from ..core.errors import ConfigError
+from .machine import allow_open_files
 from .worker import USER_ERROR_CODE
 
 PROTOCOL = 1
 BEAT_S = 0.5
 SILENCE_S = 15.0  # without a message for so long, the other side is taken for lost
 TRYING_S = 30.0  # for all nodes to have tried the ways to each other (reach.PATIENCE_S each)
+MESSAGE_BYTES = 1 << 20  # of a message to a controller
+ANSWER_BYTES = 1 << 24  # of one from it, which may tell of all nodes
+MESSAGE_ITEMS = 1 << 18
 FIRST_FAILURE_S = 1.0  # ranks that lost a peer often fail before the news of the peer itself is here
 
 Message = dict[str, Any]
@@ -99,6 +103,7 @@ class Controller:
         self._began, self._here = now, 0
         self.state = "gathering"
         self.code, self.why, self.restart = 0, "", False
+        self.refused: Counter[str] = Counter()  # messages, by reason
         self._may_restart = may_restart
         self._failures: list[tuple[bool, int, str]] = []
         self._since = now  # of the present state, or of the first failure
@@ -107,6 +112,8 @@ class Controller:
         """Answer one message."""
         problem = not_understood(message)
         if problem:
+            other = message.get("protocol", PROTOCOL) != PROTOCOL
+            self.refused["messages of another version" if other else "messages not understood"] += 1
             return [(sender, {"kind": "refuse", "code": 2, "why": problem})]
         kind = message["kind"]
         if kind == "status":
@@ -201,7 +208,8 @@ class Controller:
             }
             for node in self._nodes
         ]
-        return {"kind": "status", "state": self.state, "code": self.code, "why": self.why, "nodes": nodes}
+        told = {"state": self.state, "code": self.code, "why": self.why, "refused": dict(self.refused)}
+        return {"kind": "status", **told, "nodes": nodes}
 
     def _gathered(self, now: float) -> Out:
         problems = self._check([node.facts for node in self._nodes])
@@ -247,35 +255,48 @@ def _as_code(code: int) -> int:
     return code if 0 <= code <= _MAX_CODE else 1
 
 
-def seal(secret: bytes, message: Message) -> list[bytes]:
-    """The frames of a message: its HMAC and its bytes."""
-    body = pack({"protocol": PROTOCOL, **message})
-    return [hmac.digest(secret, body, hashlib.sha256), body]
+def to_bytes(message: Message) -> bytes:
+    """A message as it travels."""
+    return pack({"protocol": PROTOCOL, **message})
 
 
-def unseal(secret: bytes, frames: list[bytes]) -> Message | None:
-    """The message, or None where it is not from somebody who has the secret, or is no message."""
-    if len(frames) != 2 or not hmac.compare_digest(hmac.digest(secret, frames[1], hashlib.sha256), frames[0]):
-        return None
+def from_frames(frames: list[bytes], most: int) -> Message:
+    """The message of one frame of at most `most` bytes. Raises ValueError saying, for a count, what this is instead."""
+    if len(frames) == 1 and len(frames[0]) > most:
+        raise ValueError("messages that were too large")
     try:
-        message = unpack(frames[1])
+        message = unpack(b"".join(frames), most, MESSAGE_ITEMS)
     except ValueError:
-        return None
-    return message if isinstance(message, dict) else None
+        message = None
+    if not isinstance(message, dict) or len(frames) != 1:
+        raise ValueError("messages that were none")
+    return message
 
 
 def serve(controller: Controller, address: str, port: int, secret: bytes) -> threading.Thread:
     """Run a controller at address:port until its job is over. Raises ConfigError where the address cannot be used."""
-    context = zmq.Context()
-    door = open_socket(context, zmq.ROUTER)
+    allow_open_files()
+    keys, context = job_keys(secret), zmq.Context()
+    door, keeper = open_socket(context, zmq.ROUTER), Doorkeeper(context, keys)
+    listens(door, keys)
+    set_bounds(door, 2 * MESSAGE_BYTES)  # beyond this ZeroMQ ends the connection without a word; up to it we count
+    keeper.watch(door)
     try:
         door.bind(f"tcp://{address}:{port}")
     except zmq.ZMQError as error:
+        keeper.close()
         context.destroy(linger=0)
         raise ConfigError(
             f"node 0 cannot listen at {address}:{port} ({error}); is another job there? "
             "Give another --master-port, or check that the address is one of this host"
         ) from error
+
+    def answers(sender: bytes, frames: list[bytes], now: float) -> Out:
+        try:
+            return controller.receive(sender, from_frames(frames, MESSAGE_BYTES), now)
+        except ValueError as what:
+            controller.refused[str(what)] += 1
+            return []
 
     def run() -> None:
         ticked, over = 0.0, False
@@ -285,15 +306,16 @@ def serve(controller: Controller, address: str, port: int, secret: bytes) -> thr
             now = time.monotonic()
             if got:
                 sender, *frames = door.recv_multipart()
-                message = unseal(secret, frames)
-                if message is not None:
-                    out += controller.receive(sender, message, now)
+                out += answers(sender, frames, now)
             if now - ticked >= 0.05:  # it looks at all nodes: not for each message
                 ticked = now
                 out += controller.tick(now)
                 over = controller.is_over(now)
             for sender, message in out:
-                door.send_multipart([sender, *seal(secret, message)])
+                if message["kind"] == "status":
+                    message["refused"] = {**keeper.refused, **message["refused"]}
+                door.send_multipart([sender, to_bytes(message)])
+        keeper.close()
         door.close(linger=1000)
         context.term()
 
@@ -306,19 +328,24 @@ class Link:
     """An end that talks to the controller at address:port."""
 
     def __init__(self, address: str, port: int, secret: bytes) -> None:
-        self._secret = secret
         self._context = zmq.Context()
         self._socket = open_socket(self._context, zmq.DEALER)
+        self._socket.reconnect_ivl_max = 2000  # ms; where the secret is another one it is turned away each time
+        self._socket.maxmsgsize = ANSWER_BYTES
+        calls(self._socket, job_keys(secret))
         self._socket.connect(f"tcp://{address}:{port}")
 
     def send(self, message: Message) -> None:
-        self._socket.send_multipart(seal(self._secret, message))
+        self._socket.send(to_bytes(message))
 
     def receive(self, seconds: float) -> Message | None:
         """The next message, or None when none came in time."""
         if not self._socket.poll(seconds * 1000):
             return None
-        return unseal(self._secret, self._socket.recv_multipart())
+        try:
+            return from_frames(self._socket.recv_multipart(), ANSWER_BYTES)
+        except ValueError:  # node 0 is of another version, or broken: the silence has a deadline
+            return None
 
     def close(self) -> None:
         self._socket.close(linger=500)

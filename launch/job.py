@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
+import os
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 from ..comm.vendors import VENDORS
+from ..core import environment
 from ..core.cluster import Node
 from ..core.errors import ConfigError
 
@@ -57,6 +61,19 @@ def next_attempt(job: Job) -> Job:
     """The job begun again. Its messages have a key of their own: what is still on its way from before is dropped."""
     secret = hashlib.sha256(bytes.fromhex(job.secret) + b"again").hexdigest()
     return replace(job, secret=secret, attempt=job.attempt + 1)
+
+
+def ranks_secret(job: Job) -> str:
+    """What this attempt's ranks share, in hexadecimal. With it nobody can speak as an agent."""
+    return hmac.digest(bytes.fromhex(job.secret), b"moe-runtime ranks", hashlib.sha256).hex()
+
+
+def secret_file(folder: Path, secret: str) -> dict[str, str]:
+    """Write what ranks share into a private folder; the variables that tell them where it is, and nothing else."""
+    path = folder / "secret"
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(secret)
+    return {environment.SECRET_FILE: str(path), environment.SECRET: ""}
 
 
 def network_variables(node: Node, address: str, interface: str) -> dict[str, str]:

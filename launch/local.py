@@ -14,15 +14,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from ..core.errors import ConfigError
 from .output import LineCutter, Sink, failure_text, is_shown
 from .process import say, signal_name, signals_to, start, start_guard
 from .worker import USER_ERROR_CODE
+
+if TYPE_CHECKING:
+    from .keeper import Keeper
 
 _DRAIN_SECONDS = 2.0  # for output still in the pipes after everyone was killed
 
@@ -34,6 +37,21 @@ class Rank:
     argv: tuple[str, ...]
     env: Mapping[str, str]
     label: str
+
+
+@dataclass(frozen=True)
+class Fence:
+    """From a keeper: kill this process, the job goes on without it."""
+
+    rank: int
+    pid: int
+
+
+@dataclass(frozen=True)
+class Over:
+    """From a keeper: the job has come to its end. why: "" where that is a good one."""
+
+    why: str
 
 
 class Ended(NamedTuple):
@@ -50,24 +68,35 @@ def run_ranks(
     shutdown_timeout: float = 10.0,
     clean_stdout: bool = False,
     tee: str | None = None,
+    keep: Callable[[queue.SimpleQueue], Keeper] | None = None,
 ) -> Ended:
     """Start all ranks, wait for them, return how the job ended. Call from the main thread.
 
     Its code: 0 when every rank ended with 0; the first failing rank's exit code, or 128 + the signal that killed it;
     128 + the signal that the launcher itself got. With `clean_stdout` only the first rank's stdout reaches stdout, byte
-    for byte, and everything else goes to stderr. tee: which lines are shown (is_shown). Raises ConfigError when a rank
-    or a log cannot be started.
+    for byte, and everything else goes to stderr. tee: which lines are shown (is_shown). keep: of a job that survives
+    losses: makes its keeper, which is given the events; then the coordinator says when the job is over. Raises
+    ConfigError when a rank or a log cannot be started.
     """
-    events: queue.SimpleQueue[_Running | int] = queue.SimpleQueue()  # a rank that ended, or a signal's number
+    events: queue.SimpleQueue[Any] = queue.SimpleQueue()  # a rank that ended, a signal's number, or a keeper's word
     console = [Sink(descriptor, lambda error: events.put(signal.SIGPIPE)) for descriptor in (1, 2)]
     running: list[_Running] = []
-    with signals_to(events), _guard() as watch:
+
+    def start_rank(number: int, rank: Rank) -> None:
+        shown = [is_shown(tee, number, stream) for stream in ("out", "err")]
+        exact = number == 0 or keeper is not None  # any rank may come to write the results
+        running.append(_Running(rank, number, log_dir, events, console, clean_stdout, exact, shown))
+        watch(running[-1].process.pid)
+
+    with signals_to(events), _guard() as watch, keep(events) if keep else nullcontext() as keeper:
         try:
             for number, rank in enumerate(ranks):
-                shown = [is_shown(tee, number, stream) for stream in ("out", "err")]
-                running.append(_Running(rank, log_dir, events, console, clean_stdout, number == 0, shown))
-                watch(running[-1].process.pid)
-            ending = _wait_for_ending(len(ranks), events)
+                extra = keeper.variables if keeper else {}
+                start_rank(number, replace(rank, env={**rank.env, **extra}))
+            if keeper is None:
+                ending = _wait_for_ending(len(ranks), events)
+            else:
+                ending = _keep(running, events, keeper, start_rank, shutdown_timeout)
             if isinstance(ending, int):
                 say(f"got {signal_name(ending)}; stopping the ranks (at most {shutdown_timeout:g} s)")
         finally:
@@ -81,6 +110,8 @@ def run_ranks(
         return Ended(128 + ending, False)
     if ending is None:
         return Ended(0, False)
+    if isinstance(ending, Over):
+        return Ended(1, False)
     say(ending.summary())
     return Ended(ending.code, ending.code != USER_ERROR_CODE)
 
@@ -91,6 +122,7 @@ class _Running:
     def __init__(
         self,
         rank: Rank,
+        number: int,
         log_dir: Path,
         events: queue.SimpleQueue,
         console: list[Sink],
@@ -98,11 +130,11 @@ class _Running:
         exact: bool,
         shown: list[bool],
     ) -> None:
-        self.label = rank.label
+        self.label, self.rank, self.number = rank.label, rank, number
         self._shown_out, self._shown_err = shown
         self.code: int = -1  # not ended
         self.ending = ""
-        self.log_path = log_dir / f"{rank.label.replace(' ', '_')}.log"
+        self.log_path = _new_log(log_dir, rank.label.replace(" ", "_"))
         self.stderr_tail: deque[str] = deque(maxlen=500)
         try:
             log_file = self.log_path.open("wb", buffering=0)
@@ -159,6 +191,54 @@ class _Running:
 
     def summary(self) -> str:
         return failure_text(self.label, self.ending, self.code, list(self.stderr_tail), self.log_path)
+
+
+def _new_log(folder: Path, name: str) -> Path:
+    """rank_1.log, and rank_1.2.log for the process that takes its place."""
+    names = (f"{name}.log", *(f"{name}.{number}.log" for number in range(2, 1000)))
+    return next(path for each in names if not (path := folder / each).exists())
+
+
+def _keep(
+    running: list[_Running],
+    events: queue.SimpleQueue,
+    keeper: Keeper,
+    start_rank: Callable[[int, Rank], None],
+    shutdown_timeout: float,
+) -> Over | _Running | int | None:
+    """What ends a job that survives losses: the coordinator's word, a mistake of the user's, or a signal. Lost ranks
+    are started again while `restarts` lasts."""
+    restarts, over, ends = keeper.survival.restarts, None, float("inf")
+    while time.monotonic() < ends:
+        try:
+            event = events.get(timeout=None if over is None else max(0.0, ends - time.monotonic()))
+        except queue.Empty:
+            break
+        if isinstance(event, int):
+            return event
+        if isinstance(event, Over):
+            over, ends = event, time.monotonic() + shutdown_timeout
+        elif isinstance(event, Fence):
+            for one in running:
+                if one.process.pid == event.pid and one.code == -1:
+                    _signal_groups([one], signal.SIGKILL)
+        else:
+            keeper.exited(event.number, event.process.pid, event.ending)
+            if event.code == USER_ERROR_CODE:
+                return event
+            if event.code != 0 and over is None:
+                say(f"{event.label} has ended ({event.ending}); its log: {event.log_path}")
+                if restarts:
+                    restarts -= 1
+                    say(f"starting {event.label} again ({restarts} restarts left)")
+                    start_rank(event.number, event.rank)
+        if all(one.code != -1 for one in running):
+            failed = [one for one in running if one.code != 0]
+            if over is None and failed and len(failed) == len(running):
+                return failed[-1]
+            if over is not None or not failed:
+                break
+    return over if over is not None and over.why else None
 
 
 def _wait_for_ending(num_ranks: int, events: queue.SimpleQueue[_Running | int]) -> _Running | int | None:

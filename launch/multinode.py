@@ -91,7 +91,10 @@ def launch(options: argparse.Namespace, job: Job) -> int:
     if job.engine == "slurm":
         slurm.run(job, _engine_args(options))
     if environment.job_secret() is None:
-        say("control messages are signed with the job's name only; set MOE_RUNTIME_JOB_SECRET, the same on all nodes")
+        say(
+            "the job's keys follow from its name only, which others may know; set MOE_RUNTIME_JOB_SECRET, the same on "
+            "all nodes"
+        )
     return run_node(job, number)
 
 
@@ -140,4 +143,4 @@ def _meeting_point(options: argparse.Namespace, cluster: Cluster, name: str) -> 
 
 
 def _secret(name: str) -> str:
-    return hashlib.sha256((environment.job_secret() or name).encode()).hexdigest()
+    return (environment.job_secret() or hashlib.sha256(name.encode()).digest()).hex()

@@ -6,6 +6,7 @@ import argparse
 import re
 from typing import Any, NoReturn
 
+from ..control.words import ON_LOSS
 from ..core.errors import ConfigError
 
 
@@ -35,6 +36,14 @@ def add_launch_options(group: Any) -> None:
     add(group, "-t", "--tee", type=_streams, metavar="WHICH", help=shown)
     again = "start all ranks again, at most N times, when one fails; they take up what they saved (default: 0)"
     add(group, "--max-restarts", type=count, default=0, metavar="N", help=again)
+    lost = (
+        "when a rank is lost: fail; or go on with the others, its experts from their replicas (replica), read from the "
+    )
+    lost += "checkpoint again (reload), or left out (renormalise: other results, said). --max-restarts then starts the "
+    lost += "lost ranks alone again (default: fail)"
+    add(group, "--on-loss", choices=ON_LOSS, default="fail", help=lost)
+    silent = "of a rank, after which it is taken for lost (default: 3)"
+    add(group, "--silence", type=seconds, default=3.0, metavar="SECONDS", help=silent)
     add(group, "--threads-per-rank", type=at_least_1, metavar="N", help="OMP_NUM_THREADS (default: cores / ranks)")
     wait = "from asking a rank to stop to killing it (default: 10)"
     add(group, "--shutdown-timeout", type=seconds, default=10.0, metavar="SECONDS", help=wait)

@@ -23,7 +23,7 @@ from typing import Any
 from ..core import environment
 from ..core.errors import ConfigError
 from .control import Message
-from .job import Job, network_variables, visible_variables
+from .job import Job, network_variables, ranks_secret, secret_file, visible_variables
 from .machine import available_cores
 from .output import LineCutter, Sink, failure_text, is_shown
 from .process import signal_name, start, start_guard
@@ -53,7 +53,10 @@ class Ranks:
         self._told = False
         sources = [self._pipe(rank, stream) for rank in range(self._count) for stream in ("out", "err")]
         threads = job.threads or max(1, available_cores() // self._count)
+        # A key that follows from the job's name only would look like one and keep nobody out.
+        guessable = job.engine == "torchrun" and environment.job_secret() is None
         variables = {
+            **({} if guessable else secret_file(self._folder, ranks_secret(job))),
             **environment.unless_set({**network_variables(node, address, interface), "OMP_NUM_THREADS": str(threads)}),
             **visible_variables(node),
             "PYTHONUNBUFFERED": "1",

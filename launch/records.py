@@ -30,6 +30,11 @@ def write(job: str, **known: Any) -> Path:
     return path
 
 
+def add(path: Path, **known: Any) -> None:
+    """Note more of it."""
+    _replace(path, {**json.loads(path.read_text()), **known})
+
+
 def end(path: Path, code: int) -> None:
     """Note how it ended."""
     try:

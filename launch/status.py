@@ -10,6 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..comm.locks import calls, in_words, job_keys
+from ..comm.messages import open_socket, pack, unpack, zmq
+from ..control.words import PROTOCOL
 from ..core.errors import ConfigError
 from . import records
 from .control import Link, Message
@@ -37,6 +40,8 @@ def status(options: argparse.Namespace) -> int:
     else:
         code = f", code {answer['code']}" if answer["state"] in ("stopping", "over") else ""
         print(f"{options.job}: {answer['state']}{code}")
+        if refused := in_words(answer.get("refused", {})):
+            print(f"  {refused}")
         for node in answer["nodes"]:
             heard = "not here yet" if node["heard_s"] is None else f"heard {node['heard_s']} s ago"
             ranks = ", ".join(f"rank {rank} {state}" for rank, state in node["ranks"].items())
@@ -62,6 +67,42 @@ def stop(options: argparse.Namespace) -> int:
             return 0
         time.sleep(0.2)
     raise ConfigError(f"job {options.job}: still stopping after {options.timeout:g} s; look with moe-launch status")
+
+
+def drain(options: argparse.Namespace) -> int:
+    """Have a rank leave a running job without losing work: its experts move to others, then its sequences."""
+    record = records.read(options.job)
+    answer = ask_coordinator(record, {"kind": "drain", "rank": options.rank})
+    if answer["kind"] == "refused":
+        raise ConfigError(f"job {options.job}: {answer['why']}")
+    ends = time.monotonic() + options.timeout
+    while time.monotonic() < ends:
+        status = ask_coordinator(record, {"kind": "status"})
+        if options.rank not in status["members"]:
+            print(f"{options.job}: rank {options.rank} has left; view {status['view']}: ranks {status['members']}")
+            return 0
+        time.sleep(0.2)
+    raise ConfigError(
+        f"job {options.job}: rank {options.rank} is still in after {options.timeout:g} s; it goes on leaving"
+    )
+
+
+def ask_coordinator(record: dict[str, Any], message: Message, seconds: float = _ANSWER_S) -> Message:
+    """The answer of the coordinator of a job that survives losses. Raises ConfigError where there is none."""
+    if "coordinator" not in record:
+        raise ConfigError(f"job {record['job']} has no coordinator: it was started without --on-loss")
+    address, port = record["coordinator"]
+    context = zmq.Context()
+    socket = open_socket(context, zmq.DEALER)
+    try:
+        calls(socket, job_keys(bytes.fromhex(record["secret"])))
+        socket.connect(f"tcp://{address}:{port}")
+        socket.send(pack({"protocol": PROTOCOL, **message}))
+        if socket.poll(seconds * 1000):
+            return unpack(socket.recv())
+    finally:
+        context.destroy(linger=0)
+    raise ConfigError(f"job {record['job']}: no answer from its coordinator at {address}:{port}; has the job ended?")
 
 
 def _state_of(row: dict[str, Any]) -> str:

@@ -7,9 +7,11 @@ rather than mmap, so that a rank's memory holds what it asked for and nothing el
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -19,6 +21,7 @@ from .experts.blocks import dequantize_blocks, num_blocks
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
+_MOST_HEADER = 100_000_000  # bytes, by safetensors
 _SCALE_SUFFIXES = ("_scale_inv", ".scale")  # V3: x.weight_scale_inv; V4: x.scale beside x.weight
 # quant_method of config.json -> what experts/blocks.py calls the format.
 QUANT_METHODS = {"fp8": "fp8", "blockwise_int8": "int8"}
@@ -56,6 +59,7 @@ class CheckpointReader:
             raise CheckpointError(f"{self.folder}: no config.json here; give the folder of a Hugging Face checkpoint")
         self._file_of = self._read_index()
         self._open: dict[str, Any] = {}
+        self._regions: dict[str, tuple[int, dict[str, tuple[int, int]]]] = {}  # file -> descriptor, bytes of each key
         try:
             for name in sorted(set(self._file_of.values())):
                 self._open[name] = self._open_shard(name)
@@ -68,6 +72,9 @@ class CheckpointReader:
     def keys(self) -> list[str]:
         """Every tensor's key, without the scales that belong to another key."""
         return [key for key in self._file_of if self._owner_of_scale(key) is None]
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._file_of
 
     def shape(self, key: str) -> tuple[int, ...]:
         return tuple(self._slice(key).get_shape())
@@ -112,10 +119,57 @@ class CheckpointReader:
             )
         return scale
 
+    def read_into(self, key: str, out: np.ndarray, row: int | None = None) -> None:
+        """The bytes of a tensor, or of entry `row` of its dimension 0, as stored, straight to `out` (uint8 [bytes]).
+
+        Nothing is allocated and nothing copied on the way: fresh memory costs more than what is read into it.
+        """
+        name = self._file_of[key]
+        descriptor, regions = self._raw(name)
+        begin, end = regions[key]
+        if row is not None:
+            each = (end - begin) // self.shape(key)[0]
+            begin, end = begin + row * each, begin + (row + 1) * each
+        assert out.nbytes == end - begin
+        left = memoryview(out)
+        while left:
+            try:
+                count = os.preadv(descriptor, [left], end - len(left))
+            except OSError as error:
+                raise CheckpointError(f"{self.folder / name}: tensor {key} cannot be read ({error})") from error
+            if not count:
+                raise CheckpointError(f"{self.folder / name}: tensor {key} cannot be read (the file is shorter now)")
+            left = left[count:]
+
+    def open_raw(self, key: str) -> None:
+        """Do beforehand what the first `read_into` from this key's file would do."""
+        self._raw(self._file_of[key])
+
+    def _raw(self, name: str) -> tuple[int, dict[str, tuple[int, int]]]:
+        """A descriptor of a shard, and where each tensor's bytes begin and end; safetensors has checked the header.
+
+        The format: 8 bytes of the header's length, the header (JSON; `data_offsets` count from its end), the data.
+        """
+        if name not in self._regions:
+            descriptor = os.open(self.folder / name, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            try:
+                length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+                table = json.loads(os.pread(descriptor, min(length, _MOST_HEADER), 8))
+                places = {key: entry["data_offsets"] for key, entry in table.items() if key != "__metadata__"}
+                regions = {key: (8 + length + begin, 8 + length + end) for key, (begin, end) in places.items()}
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError) as error:
+                os.close(descriptor)
+                raise CheckpointError(f"{self.folder / name}: has changed since it was opened ({error})") from error
+            self._regions[name] = descriptor, regions
+        return self._regions[name]
+
     def close(self) -> None:
         for shard in self._open.values():
             shard.__exit__(None, None, None)
         self._open.clear()
+        for descriptor, _ in self._regions.values():
+            os.close(descriptor)
+        self._regions.clear()
 
     def __enter__(self) -> CheckpointReader:
         return self

@@ -14,7 +14,7 @@ from .comm.transport import Transport
 from .core.errors import ConfigError
 from .core.placement import Placement
 from .experts.placement import Plan
-from .experts.routing import ReplicaChooser
+from .experts.routing import ReplicaChooser, lost_selections, refuse_lost
 
 
 def make_chooser(
@@ -94,6 +94,9 @@ class ExpertDispatcher:
         """
         self._dispatcher.check(x_TH, topk_ids_TK, topk_weights_TK)
         slots = self._chooser.choose(topk_ids_TK)
+        if self.placement.absent is not None:
+            cure = "give -1 for experts that the placement says are absent"
+            refuse_lost(topk_ids_TK, lost_selections(topk_ids_TK, slots), "dispatch", cure)
         try:
             return self._dispatcher.start_dispatch(
                 x_TH, slots, topk_weights_TK, expand=expand, tag=self._layer, handle=handle

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +19,11 @@ from torch.utils.checkpoint import checkpoint
 
 from .comm.dispatch import IDLE, WORKING, Dispatcher, DispatchHandle
 from .comm.rows import combine_rows
+from .core.errors import ConfigError
 from .core.placement import Placement
 from .core.spans import spans
 from .experts.compute import grouped_experts
-from .experts.routing import ReplicaChooser
+from .experts.routing import ReplicaChooser, lost_selections, refuse_lost, renormalise
 from .turns import note_states, pass_turn
 
 if TYPE_CHECKING:
@@ -30,6 +31,21 @@ if TYPE_CHECKING:
 
 # What transformers' `use_experts_implementation` leaves on every module that shares the experts interface.
 INTERFACE_MARKS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_apply_gate", "num_experts")
+
+
+@dataclass
+class Lacking:
+    """What this rank's tokens did not get because no rank held it: of `tokens`, `touched` lacked `selections`."""
+
+    tokens: int = 0
+    touched: int = 0
+    selections: int = 0
+
+    def add(self, lost_TK: torch.Tensor) -> None:
+        lost_T = lost_TK.sum(-1)
+        self.tokens += len(lost_T)
+        self.touched += int((lost_T > 0).sum())
+        self.selections += int(lost_T.sum())
 
 
 @dataclass
@@ -59,6 +75,8 @@ class LayerState:
     meanwhile: Callable[[torch.Tensor], None] | None = None  # what is computed while rows travel (overlap.py)
     states: list[int] = field(default_factory=list)  # of all ranks, at the latest exchange
     expert_dtypes: tuple[str, ...] = ()  # what each rank holds its experts in (expert_dtypes.py), once loaded
+    renormalise: bool = False  # go on without experts that no rank holds; else a token that selects one is an error
+    lacking: Lacking = field(default_factory=Lacking)
 
     def note(self, phase: str, **counts: Any) -> None:
         """Write to `progress` in one step, since another thread reads it: phase, layer, pass, and counts.
@@ -130,6 +148,8 @@ class ExpertParallel:
             layer.before_exchange(layer.index)
         layer.passes += 1
         slots_TK = layer.chooser.choose(topk_ids_TK)
+        if layer.placement.absent is not None:
+            topk_weights_TK = weights_of_the_rest(layer, topk_ids_TK, slots_TK, topk_weights_TK)
         if layer.recorder is not None:
             layer.recorder.add(layer.index, topk_ids_TK)
         waiting = {"tokens": x_TH.shape[0], "sent": [], "received": []}
@@ -183,6 +203,40 @@ class ExpertParallel:
         outputs = grouped_experts(self, rows, handle.row_index, handle.rows_per_slot)
         weights_M = handle.topk_weights[handle.row_index, handle.choice_index]
         return combine_rows(outputs, handle.row_index, rows.shape[0], weights_M)
+
+
+def weights_of_the_rest(
+    layer: LayerState, topk_ids_TK: torch.Tensor, slots_TK: torch.Tensor, topk_weights_TK: torch.Tensor
+) -> torch.Tensor:
+    """The weights of what is left of each token's experts (`renormalise`); what is not is counted in the layer's state.
+
+    Raises ConfigError where a token lacks an expert and nobody has chosen to go on without.
+    """
+    lost_TK = lost_selections(topk_ids_TK, slots_TK)
+    if not layer.renormalise:
+        cure = "read it from the checkpoint (refit.py), or choose to renormalise the weights of the others"
+        refuse_lost(topk_ids_TK, lost_TK, f"expert layer {layer.index}", cure)
+    layer.lacking.add(lost_TK)
+    return renormalise(topk_weights_TK, topk_ids_TK, lost_TK)
+
+
+def describe_lacking(states: Sequence[LayerState]) -> list[str]:
+    """A line on what this rank's tokens did without, all layers together; none where that is nothing."""
+    tokens = sum(state.lacking.tokens for state in states)
+    touched = sum(state.lacking.touched for state in states)
+    if not touched:
+        return []
+    each = sum(state.lacking.selections for state in states) / touched
+    layers = "a layer" if len(states) == 1 else f"{len(states)} layers together"
+    return [f"renormalised: {touched:,} of {tokens:,} tokens lacked {each:.1f} experts on average ({layers})"]
+
+
+def refuse_absent(model: torch.nn.Module, what: str) -> None:
+    """Raises ConfigError, on every rank alike, where no rank holds some experts. what: "saved"."""
+    for module in experts_modules(model).values():
+        said = module.moe_runtime_layer.placement.say_absent() if isinstance(module, ExpertParallel) else ""
+        if said:
+            raise ConfigError(f"a model that lacks experts cannot be {what}: {said}; read them again first (refit.py)")
 
 
 @functools.cache

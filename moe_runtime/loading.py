@@ -7,6 +7,7 @@ conversion rules (renames, per-expert to fused, transposes), so every family tra
 from __future__ import annotations
 
 import copy
+import math
 import re
 import zlib
 from collections import defaultdict
@@ -26,6 +27,7 @@ from .experts.blocks import BLOCK, FORMATS, num_blocks, quantize_blocks
 from .layer import experts_modules
 
 Progress = Callable[[int, int], None]
+_STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}  # by safetensors
 
 
 def fill_from_checkpoint(
@@ -44,7 +46,7 @@ def fill_from_checkpoint(
     else quantised here. Raises CheckpointError for a missing tensor, a missing expert, a wrong shape or an unreadable
     file.
     """
-    source = _Sources(model, reader)
+    source = Sources(model, reader)
     experts = {f"{name}.": module for name, module in experts_modules(model).items()}
     dtype_of = _dtype_rule(model, dtype)
     total = len(source.keys_of)
@@ -61,7 +63,7 @@ def fill_from_checkpoint(
     return source.unexpected
 
 
-class _Sources:
+class Sources:
     """Which checkpoint keys make up each tensor of the model, and how."""
 
     def __init__(self, model: PreTrainedModel, reader: CheckpointReader) -> None:
@@ -73,6 +75,7 @@ class _Sources:
         self.keys_of: dict[str, list[tuple[str | None, str]]] = defaultdict(list)  # target -> (pattern, key)
         self.unexpected: list[str] = []
         self._pattern_tables: dict[str, dict[str | None, dict[int, str]]] = {}
+        self._as_stored: dict[str, list[str | None] | None] = {}
         known = model.state_dict()
         ignored = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
         self._order: dict[str, int] = {}
@@ -128,6 +131,53 @@ class _Sources:
         """The checkpoint's keys that convert_expert reads."""
         return [keys.get(expert, next(iter(keys.values()))) for keys in self._by_pattern(target).values()]
 
+    def parts_as_stored(self, target: str, num_experts: int) -> list[str | None] | None:
+        """The kinds of keys whose tensors, as they are stored and one after the other, are an expert's entry of a
+        tensor; None where transformers' conversion does more (transposes, interleaves, computes).
+
+        Found by converting one expert of which every value is its own place, in sizes of a few values.
+        """
+        if target not in self._as_stored:
+            self._as_stored[target] = self._find_as_stored(target, num_experts)
+        return self._as_stored[target]
+
+    def _find_as_stored(self, target: str, num_experts: int) -> list[str | None] | None:
+        kinds = list(self._by_pattern(target))
+        if not kinds:
+            return None
+        extents = sorted({extent for _, key in self.keys_of[target] for extent in self.reader.shape(key)})
+        places: dict[int, tuple[str | None, int]] = {}  # where a part's numbers begin -> its kind, and how many
+        next_place = 0
+
+        def numbered(key: str, row: int | None) -> torch.Tensor:
+            nonlocal next_place
+            shape = self.reader.shape(key) if row is None else self.reader.shape(key)[1:]
+            small = [2 * extents.index(extent) + 2 for extent in shape]
+            values = torch.arange(next_place, next_place + math.prod(small), dtype=torch.float64).view(small)
+            places[next_place] = kinds[len(places)], len(values.view(-1))
+            next_place += len(values.view(-1))
+            return values
+
+        try:
+            made = self.convert_expert(target, 0, num_experts, numbered).reshape(-1).tolist()
+        except CheckpointError:  # whoever reads the expert is told
+            return None
+        found, at = [], 0
+        while at < len(made):
+            kind, count = places.pop(int(made[at]), (None, 0))
+            if not count or made[at : at + count] != list(range(int(made[at]), int(made[at]) + count)):
+                return None
+            found.append(kind)
+            at += count
+        return None if places else found
+
+    def key_of(self, target: str, kind: str | None, expert: int) -> tuple[str, int | None]:
+        """The key of one kind that holds an expert's part, and the row of it where it holds all experts'."""
+        keys = self._by_pattern(target)[kind]
+        if kind is not None and "*" in kind:
+            return keys.get(expert, ""), None
+        return next(iter(keys.values())), expert
+
     def _by_pattern(self, target: str) -> dict[str | None, dict[int, str]]:
         if target in self._pattern_tables:
             return self._pattern_tables[target]
@@ -135,7 +185,7 @@ class _Sources:
         for pattern, key in self.keys_of[target]:
             numbers = [part for part in key.split(".") if part.isdigit()]
             table[pattern][int(numbers[-1]) if pattern is not None and "*" in pattern else 0] = key
-        self._pattern_tables = {target: table}  # experts of one tensor are asked for one after the other
+        self._pattern_tables[target] = table
         return table
 
     def _apply(self, target: str, parts: list[tuple[str | None, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -158,7 +208,7 @@ def _fill_experts(
     model: PreTrainedModel,
     module: Any,
     target: str,
-    source: _Sources,
+    source: Sources,
     dtype: torch.dtype,
     device: torch.device,
     rank: int,
@@ -174,23 +224,75 @@ def _fill_experts(
     part = empty_weights(meta.shape, torch.uint8 if form else stored, device)
     scales: list[torch.Tensor] = []
     for slot, expert in enumerate(placement.rank_experts(layer, rank)):
-        value, scale = _read_expert(source, target, expert, placement.num_experts, dtype, form)
-        if value.shape != part.shape[1:]:
-            raise CheckpointError(
-                f"{source.reader.folder}: expert {expert} of {target} has shape {list(value.shape)}, "
-                f"the model needs {list(part.shape[1:])}"
-            )
-        part[slot].copy_(value)
+        scale = read_expert(source, target, expert, placement.num_experts, part[slot], dtype, form)
         scales += [] if scale is None else [scale]
-        del value
     if form:
         stacked = torch.stack(scales) if scales else torch.empty(0, *num_blocks(part.shape))
         module.register_parameter(f"{name}_scale_inv", _parameter(stacked.to(device), requires_grad=False))
     setattr(module, name, _parameter(part.view(stored), requires_grad=meta.requires_grad and not form))
 
 
-def _read_expert(
-    source: _Sources, target: str, expert: int, num_experts: int, dtype: torch.dtype, form: str | None
+def read_expert(
+    source: Sources,
+    target: str,
+    expert: int,
+    num_experts: int,
+    out: torch.Tensor,
+    dtype: torch.dtype,
+    form: str | None,
+) -> torch.Tensor | None:
+    """One expert's matrix of an experts tensor `target` into `out`, in `dtype`; or, with a form, its bytes (`out` is
+    uint8), and its scales are returned.
+
+    Where the checkpoint has it as it is wanted, it is read to its place; else through transformers' conversion, which
+    gives the same values. Raises CheckpointError where it is missing, unreadable or not of the shape of `out`.
+    """
+    if not _read_as_stored(source, target, expert, num_experts, out, dtype, form):
+        value, scale = _convert_expert(source, target, expert, num_experts, dtype, form)
+        if value.shape != out.shape:
+            raise CheckpointError(
+                f"{source.reader.folder}: expert {expert} of {target} has shape {list(value.shape)}, "
+                f"the model needs {list(out.shape)}"
+            )
+        out.copy_(value)
+        return scale
+    return None if form is None else _stored_scales(source, target, expert, num_experts, out.shape, form)
+
+
+def _read_as_stored(
+    source: Sources,
+    target: str,
+    expert: int,
+    num_experts: int,
+    out: torch.Tensor,
+    dtype: torch.dtype,
+    form: str | None,
+) -> bool:
+    """read_expert's short way; False where it cannot be taken, or something is wrong that the long way says better."""
+    reader, kinds = source.reader, source.parts_as_stored(target, num_experts)
+    if kinds is None or not out.is_cpu or not out.is_contiguous():
+        return False
+    keys = [source.key_of(target, kind, expert) for kind in kinds]
+    if any(key not in reader for key, _ in keys):
+        return False
+    if form is None:
+        fits = all(reader.stored_dtype(key) == _STORED.get(dtype) for key, _ in keys)
+    else:
+        fits = all(reader.blocks_of(key) == form for key, _ in keys)
+    whole = [reader.shape(key) for key, _ in keys]
+    if any(row is not None and shape[0] != num_experts for (_, row), shape in zip(keys, whole, strict=True)):
+        return False
+    shapes = [shape if row is None else shape[1:] for (_, row), shape in zip(keys, whole, strict=True)]
+    heights = [shape[0] if shape else 0 for shape in shapes]
+    if not fits or sum(heights) != out.shape[0] or any(shape[1:] != tuple(out.shape[1:]) for shape in shapes):
+        return False
+    for (key, row), rows in zip(keys, out.split(heights), strict=True):
+        reader.read_into(key, rows.reshape(-1).view(torch.uint8).numpy(), row)
+    return True
+
+
+def _convert_expert(
+    source: Sources, target: str, expert: int, num_experts: int, dtype: torch.dtype, form: str | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One expert's matrix in `dtype`, or, with a form, its bytes (uint8) and scales."""
     reader = source.reader
@@ -207,15 +309,22 @@ def _read_expert(
     value = source.convert_expert(
         target, expert, num_experts, lambda key, row: reader.read_raw(key, row).view(torch.uint8)
     )
-    scale = source.convert_expert(target, expert, num_experts, reader.read_scale)
+    return value, _stored_scales(source, target, expert, num_experts, value.shape, form)
+
+
+def _stored_scales(
+    source: Sources, target: str, expert: int, num_experts: int, shape: torch.Size, form: str
+) -> torch.Tensor:
+    """The scales of an expert whose matrix of this shape is stored in blocks."""
+    scale = source.convert_expert(target, expert, num_experts, source.reader.read_scale)
     # gate and up, joined along dimension 0: each must end where a block ends, or up's scales cover other rows.
     pieces = len(source.patterns(target))
-    if (pieces > 1 and value.shape[0] % (pieces * BLOCK)) or tuple(scale.shape) != num_blocks(value.shape):
+    if (pieces > 1 and shape[0] % (pieces * BLOCK)) or tuple(scale.shape) != num_blocks(shape):
         raise ConfigError(
-            f"{target}: expert matrices of {list(value.shape)} cannot stay in {form.upper()} (their 128x128 blocks do "
+            f"{target}: expert matrices of {list(shape)} cannot stay in {form.upper()} (their 128x128 blocks do "
             f"not line up once gate and up are joined); load without keeping {form.upper()}"
         )
-    return value, scale
+    return scale
 
 
 def _assign(model: PreTrainedModel, name: str, value: torch.Tensor, folder: Path) -> None:

@@ -20,6 +20,9 @@ class Pays:
 
     def __call__(self, look: Look) -> Placement | None:
         old = look.placement
+        if old.absent is not None:
+            self.decision = f"after {look.passes} passes: {old.say_absent()}; nothing is planned until all are held"
+            return None
         if not look.load.any():
             self.decision = f"after {look.passes} passes: no tokens, nothing to plan for"
             return None

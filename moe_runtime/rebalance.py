@@ -144,6 +144,11 @@ class Rebalancer:
             failed = f"rank {self.transport.rank} has no memory for it ({str(error).splitlines()[0]})"
         return first_problem(self.transport, failed, "rebalance (memory)")
 
+    def follow(self, transport: Transport, speeds: Sequence[float]) -> None:
+        """A new view is in force: what was under way is not, and looks begin anew, on all ranks alike."""
+        self._end()
+        self.transport, self.speeds, self._passes_at_look = transport, list(speeds), self.passes
+
     def finish(self) -> None:
         """Do the rest of a migration at once. Every rank calls; while training, before the optimizer's step."""
         migration = self.migration
@@ -167,6 +172,8 @@ class Rebalancer:
         for word in ("num_layers", "num_experts", "num_ranks"):
             if getattr(new, word) != getattr(old, word):
                 return f"rebalance: the placement has {word} = {getattr(new, word)}, the model {getattr(old, word)}"
+        if old.absent is not None and (new.absent is None or (old.absent & ~new.absent).any()):
+            return f"rebalance: {old.say_absent()}: it cannot travel, and must be read again (refit.py)"
         return ""
 
     def _travel(self, migration: Migration) -> bool:

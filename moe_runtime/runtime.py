@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import functools
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +22,11 @@ from .comm.dispatch import IDLE, Dispatcher
 from .comm.nodes import NodeDispatcher
 from .comm.place import may_differ, place_of_rank
 from .comm.rendezvous import connect
+from .comm.transport import LocalTransport, Transport
 from .comm.wire import all_gather_message
+from .control.member import Notice
 from .core import environment, native
-from .core.cluster import Cluster, load_cluster
+from .core.cluster import Cluster, Node, load_cluster
 from .core.config import RuntimeConfig
 from .core.errors import CheckpointError, ConfigError
 from .core.memory import pool
@@ -34,10 +36,14 @@ from .experts import compute, dense
 from .experts.placement import load_plan, proportional
 from .experts.routing import ReplicaChooser
 from .layer import experts_modules
+from .migration import columns_of
 from .model import empty_model, expert_layers, read_config, shard_experts
 from .pays import Pays
 from .rebalance import Policy, Rebalancer
 from .recorder import Recorder
+from .refit import Source, refit
+from .survival import LOST, Settings, Survival
+from .views import Held, after_loss, placement_of, spread
 
 PROTOCOL = "0.1"  # of the exchanges between ranks; ranks with another one cannot join
 
@@ -49,6 +55,12 @@ class View:
     number: int
     ranks: tuple[int, ...]
     placement: Placement | None
+
+
+def _nothing(modules: Mapping[str, Any]) -> Placement:
+    """The placement of a rank that holds no expert, alone."""
+    num_experts = next(iter(modules.values())).num_experts
+    return placement_of([Held([[] for _ in modules], [[] for _ in modules])], num_experts)
 
 
 def init(config: RuntimeConfig | Mapping[str, Any] | None = None) -> Runtime:
@@ -73,19 +85,23 @@ class Runtime:
         self.world = world
         about = {"moe_runtime": PROTOCOL, "cluster": self._cluster.digest() if self._cluster else 0}
         self.place, self._notes = place_of_rank(config, self._cluster, world)
-        transport = "islands" if config.transport == "auto" and may_differ(self._cluster) else config.transport
-        self.transport = connect(world, config.timeout_s, transport, about, self.place, config.bridge)
-        atexit.register(self.transport.close)  # for scripts that end without close()
-        self.rank, self.size = self.transport.rank, self.transport.size
         self.device = self.place.device
-        # What every rank can read and write on the wire, and who it is: dispatchers agree on formats from it.
-        claims = formats.claimed(self.place.vendor)
-        if not self.place.emulated:
-            claims = formats.seen(claims, self.device)
-        said = all_gather_message(self.transport, [self.place.kind, claims], "rendezvous (wire formats)")
-        self._rank_names = [f"rank {rank} ({kind})" for rank, (kind, _) in enumerate(said)]
-        self._claims = [claims for _, claims in said]
-        self.view = View(0, tuple(range(self.size)), None)
+        self.number = world.rank  # for life; `rank` is the place among the ranks of the present view
+        self._survival: Survival | None = None
+        members = tuple(range(world.size))
+        if (file := environment.survival_file()) is not None:
+            encrypts = config.bridge_encryption == "on"
+            settings = Settings.read(file)
+            self._survival = Survival(settings, world.rank, config.transport, about, config.timeout_s, encrypts)
+            notice = self._survival.first()
+            members = (world.rank,) if notice is None else notice.members
+            transport = LocalTransport(config.timeout_s) if notice is None else self._survival.build(notice, self.place)
+        else:
+            kind = "islands" if config.transport == "auto" and may_differ(self._cluster) else config.transport
+            encrypts = config.bridge_encryption == "on"
+            transport = connect(world, config.timeout_s, kind, about, self.place, config.bridge, encrypts)
+        self.view = View(0, members, None)
+        self._adopt(transport)
         self._dispatchers: dict[tuple, Dispatcher | NodeDispatcher] = {}
         self._slowdown = self._emulated_slowdown()
         self._rebalancers: weakref.WeakSet[Rebalancer] = weakref.WeakSet()
@@ -93,6 +109,18 @@ class Runtime:
         self._early_layers = 0  # of the latest model, whose shared expert is computed while rows travel
         self._dense_layers = 0  # of the latest model, that take the C kernel for a few rows
         self._expert_lines: list[str] = []  # what the latest model's experts are held in
+
+    def _adopt(self, transport: Transport) -> None:
+        """Use this transport. What every rank can read and write on the wire, and who it is: formats follow from it."""
+        self.transport = transport
+        atexit.register(transport.close)  # for scripts that end without close()
+        self.rank, self.size = transport.rank, transport.size
+        claims = formats.claimed(self.place.vendor)
+        if not self.place.emulated:
+            claims = formats.seen(claims, self.device)
+        said = all_gather_message(transport, [self.place.kind, claims], "rendezvous (wire formats)")
+        self._rank_names = [f"rank {n} ({kind})" for n, (kind, _) in zip(self.view.ranks, said, strict=True)]
+        self._claims = [claims for _, claims in said]
 
     # ---- models -------------------------------------------------------------------------------------------------
 
@@ -130,6 +158,8 @@ class Runtime:
                 unexpected = loading.fill_from_checkpoint(
                     model, reader, dtype, self.device, self.rank, expert_form=held.form, progress=progress
                 )
+            if self.on_loss == "reload":
+                model.moe_runtime_source = Source(model, path)
         self._expert_lines = expert_dtypes.describe(held, expert_dtypes.of_ranks(model), model)
         if unexpected:
             self._notes.append(f"{path}: {len(unexpected)} tensors are not part of the model, such as {unexpected[0]}")
@@ -140,7 +170,7 @@ class Runtime:
     def _choose_expert_dtype(
         self, model: PreTrainedModel, reader: CheckpointReader, dtype: torch.dtype, asked: str | None, keep_fp8: bool
     ) -> expert_dtypes.Choice:
-        node = self._cluster.rank_nodes()[self.rank] if self._cluster else None
+        node = self._node()
         with self.same_outcome("choose expert_dtype"):
             stored, sizes = expert_dtypes.stored_form(reader), expert_dtypes.sizes_of(model, dtype)
             choice = expert_dtypes.choose(asked, keep_fp8, node, stored, dtype, self._claims[self.rank], sizes)
@@ -191,6 +221,8 @@ class Runtime:
 
     def _shard(self, model: PreTrainedModel, placement: Placement | str | Path | None) -> None:
         modules = experts_modules(model)
+        if self.joins:
+            placement = _nothing(modules)
         if placement is None:
             num_experts = {module.num_experts for module in modules.values()}
             if len(num_experts) > 1:
@@ -212,9 +244,9 @@ class Runtime:
         )
         if self.config.dense_kernel == "auto" and self.device.type == "cpu":
             self._dense_layers = dense.use_few_rows_kernel(model)
-        self._early_layers = overlap.compute_shared_experts_early(model) if self.size > 1 else 0
+        self._early_layers = overlap.compute_shared_experts_early(model) if self.size > 1 or self.joins else 0
         self.view = View(self.view.number + 1, self.view.ranks, placement)
-        if self.config.rebalance == "auto" and self.size > 1:
+        if self.config.rebalance == "auto" and (self.size > 1 or self.joins):
             dispatch = "split" if self.config.replica_choice == "balanced" else "static"
             self.rebalance_by(model, Pays(dispatch=dispatch), self.config.rebalance_every)
 
@@ -226,7 +258,7 @@ class Runtime:
 
     def _emulated_slowdown(self) -> float:
         """How many times as long experts are made to take here, by the cluster file's emulate_speed."""
-        node = self._cluster.rank_nodes()[self.rank] if self._cluster else None
+        node = self._node()
         if node is None or node.emulate_speed is None:
             return 1.0
         if self.device.type != "cpu" and not self.place.emulated:
@@ -236,7 +268,16 @@ class Runtime:
     @property
     def rank_speeds(self) -> list[float]:
         """Relative speed of each rank, as the cluster file has it; all 1 without one."""
-        return self._cluster.rank_speeds() if self._cluster else [1.0] * self.size
+        speeds = self._cluster.rank_speeds() if self._cluster else []
+        return [speeds[number] if number < len(speeds) else 1.0 for number in self.view.ranks]
+
+    def _node(self) -> Node | None:
+        return self._cluster.rank_nodes()[self.number] if self._cluster else None
+
+    def _node_names(self) -> list[str]:
+        """The cluster file's node of each rank of the view; "" without one."""
+        nodes = self._cluster.rank_nodes() if self._cluster else []
+        return [nodes[number].name if number < len(nodes) else "" for number in self.view.ranks]
 
     def _dispatcher(
         self, placement: Placement, hidden: int, top_k: int, dtype: torch.dtype, digest: int | None = None
@@ -261,7 +302,7 @@ class Runtime:
         return self._dispatchers[key]
 
     def _chooser(self, placement: Placement, layer: int) -> ReplicaChooser:
-        names = [node.name for node in self._cluster.rank_nodes()] if self._cluster else [""] * self.size
+        names = self._node_names()
         return make_chooser(self.config.replica_choice, placement, layer, self.transport, names, self.rank_speeds)
 
     def _rank_nodes(self) -> list[int] | None:
@@ -271,7 +312,7 @@ class Runtime:
         """
         if self._cluster is None or self.config.per_expert_sums:
             return None
-        names = [node.name for node in self._cluster.rank_nodes()]
+        names = self._node_names()
         nodes = list(dict.fromkeys(names))
         return [nodes.index(name) for name in names] if 1 < len(nodes) < len(names) else None
 
@@ -374,6 +415,145 @@ class Runtime:
         if digest != old_digest:  # a dispatcher of the old placement is made again if anyone asks for it
             self._dispatchers = {key: made for key, made in self._dispatchers.items() if key[0] != old_digest}
         self.view = View(self.view.number + 1, self.view.ranks, new)
+
+    # ---- new views ----------------------------------------------------------------------------------------------
+
+    @property
+    def on_loss(self) -> str:
+        """What happens when a rank is lost: "fail", or what `moe-launch --on-loss` was given."""
+        return self._survival.settings.on_loss if self._survival else "fail"
+
+    @property
+    def joins(self) -> bool:
+        """Whether this rank was started when the job had begun: it loads its model alone, then calls `recover`."""
+        return self._survival is not None and not self._survival.entered
+
+    def ready(self, model: PreTrainedModel, notes: Sequence[str] = ()) -> None:
+        """This rank works in the present view, and calls `recover` when one of survival.LOST is raised from here on."""
+        if self._survival is None:
+            raise ConfigError("no coordinator: start the job with moe-launch --on-loss")
+        self._survival.member.state["view"] = self.view.number
+        self._survival.member.settled(self._survival.entered, notes)
+
+    @property
+    def log_dir(self) -> str:
+        """Where the launcher of a job with a coordinator keeps its logs."""
+        return self._survival.settings.log_dir if self._survival else "."
+
+    def leave(self) -> None:
+        """This rank's work is done, and its end is no loss."""
+        if self._survival is not None:
+            self._survival.member.leave()
+
+    def recover(self, model: PreTrainedModel, error: Exception | None = None) -> bool:
+        """Take up the next view: after `error` (one of survival.LOST) the one that the coordinator will announce, else
+        one that waits to be taken up (`next_view`). Call `ready` when the caller's own state has followed.
+
+        Ranks are renumbered by their place among the view's, a new transport joins them, and experts that were on lost
+        ranks are where --on-loss puts them; a rank that has come holds none yet. Returns False where this rank is not
+        in the view: it has been drained, and is done. Raises `error` where the job has no coordinator, ConfigError
+        where the user's choice does not let the job go on, MoeRuntimeError where the coordinator ends the job.
+        """
+        survival = self._survival
+        if survival is None:
+            raise error or ConfigError("no coordinator: start the job with moe-launch --on-loss")
+        if self.joins:
+            survival.member.ready()
+        while True:
+            if error is not None:
+                survival.report(self.view.ranks, error)
+            notice = survival.next()
+            if self.number not in notice.members:
+                return False
+            try:
+                self._enter(model, notice)
+                return True
+            except LOST as again:
+                error = again
+
+    def take_notes(self) -> list[str]:
+        """What people should be told of the view that was entered last; once."""
+        notes, self._survival.notes = self._survival.notes, []
+        return notes
+
+    def next_view(self) -> int:
+        """The number of a view that all ranks are to take up together, between two steps; 0 where there is none."""
+        newest = self._survival.member.newest if self._survival else None
+        return newest.number if newest and newest.at_boundary and newest.number > self._survival.entered else 0
+
+    def spread(self, model: PreTrainedModel, closed: Sequence[int] = ()) -> None:
+        """Begin to move experts to ranks that hold none, and off those in `closed` (of the view); nothing where all is
+        well or a move is under way. Every rank calls alike, between the same passes. See `rebalance`."""
+        rebalancer = self._rebalancer(model)
+        wanted = None if rebalancer.migration else spread(rebalancer.placement, self.rank_speeds, closed)
+        if wanted is not None:
+            rebalancer.begin(wanted)
+
+    def drained(self, position: int) -> None:
+        """Tell the coordinator that this rank of the view holds no experts any more."""
+        self._survival.member.drained(self.view.ranks[position])
+
+    @property
+    def draining(self) -> list[int]:
+        """The ranks of the view that are being drained, as far as this rank has heard."""
+        told = self._survival.member.draining if self._survival else []
+        return [self.view.ranks.index(number) for number in told if number in self.view.ranks]
+
+    def _enter(self, model: PreTrainedModel, notice: Notice) -> None:
+        layers = expert_layers(model)
+        states = [layer.moe_runtime_layer for layer in layers]
+        before, old_rank = states[0].placement, self.rank
+        self.transport.close()
+        atexit.unregister(self.transport.close)
+        transport = self._survival.build(notice, self.place)
+        self.view = View(notice.number, notice.members, before)
+        self._adopt(transport)
+        self._dispatchers.clear()
+        source = getattr(model, "moe_runtime_source", None)
+        held = Held.of(before, old_rank, self._room(model))
+        form = states[0].expert_dtypes[old_rank] if states[0].expert_dtypes else ""
+        said = all_gather_message(
+            transport, [held.as_message(), max(s.passes for s in states), source is not None, form], "new view"
+        )
+        for state in states:
+            state.fold_tokens(old_rank)
+        load = np.stack([state.earlier_tokens for state in states])
+        all_loads = torch.from_numpy(load)
+        transport.all_reduce(all_loads, "new view (load)")
+        theirs = [Held(*one) for one, _, _, _ in said]
+        found = placement_of(theirs, before.num_experts)
+        room = [one.room for one in theirs]
+        reads = all(can for _, _, can, _ in said)
+        placement, told = after_loss(found, self.on_loss, self.rank_speeds, room, all_loads.numpy(), reads)
+        if placement is not found:
+            read = refit(model, theirs[self.rank].experts, placement, self.rank, source)
+            told = f"{told}; {read} of them here" if told and read else told
+        if told:
+            self._survival.notes.append(told)
+            self._notes.append(f"view {notice.number}: {told}")
+        digest, passes = placement.digest(), max(passes for _, passes, _, _ in said)
+        slots = placement.rank_slots(self.rank)
+        for layer, state in zip(layers, states, strict=True):
+            old = state.dispatcher
+            state.dispatcher = self._dispatcher(placement, old.hidden_size, old.top_k, old.dtype, digest)
+            state.chooser, state.placement = self._chooser(placement, state.index), placement
+            state.tokens_per_slot = np.zeros(slots.stop - slots.start, dtype=np.int64)
+            state.renormalise, state.passes = self.on_loss == "renormalise", passes
+            state.expert_dtypes = tuple(form for _, _, _, form in said) if form else ()
+            layer.num_experts = slots.stop - slots.start
+        rebalancer = getattr(model, "moe_runtime_rebalancer", None)
+        if rebalancer is not None:
+            rebalancer.follow(transport, self.rank_speeds)
+        self.view = View(notice.number, notice.members, placement)
+
+    def _room(self, model: PreTrainedModel) -> int | None:
+        """Slots that this rank has memory for, beside what it holds; None where the cluster file says no memory_gib."""
+        node = self._node()
+        if node is None or node.memory_gib is None:
+            return None
+        held = sum(p.numel() * p.element_size() for p in model.parameters())
+        each = sum(column.row_bytes for layer in expert_layers(model) for column in columns_of(layer, None))
+        return max(0, int((node.memory_gib * (1 << 30) - held) // max(1, each)))
 
     # ---- uneven work and gradients ------------------------------------------------------------------------------
 
@@ -489,6 +669,8 @@ class Runtime:
         """Leave the world. Other ranks that still wait for this one get PeerLost."""
         self.transport.close()
         atexit.unregister(self.transport.close)
+        if self._survival is not None:
+            self._survival.close()
 
     def __enter__(self) -> Runtime:
         return self

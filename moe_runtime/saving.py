@@ -26,18 +26,19 @@ from .comm.wire import all_gather_message
 from .core.errors import CheckpointError
 from .core.files import sync_to_disk
 from .expert_dtypes import refuse_8_bits
-from .layer import experts_modules
+from .layer import experts_modules, refuse_absent
 
 
 def save_checkpoint(
     model: PreTrainedModel, folder: Path, transport: Transport, tokenizer: Any = None, max_shard_bytes: int = 1 << 30
 ) -> None:
     """Write config, weights and tokenizer. Every rank calls. Raises CheckpointError on every rank when rank 0 cannot,
-    and ConfigError where any rank's experts are in 8 bits.
+    and ConfigError where any rank's experts are in 8 bits, or no rank holds some.
 
     After a failure nothing is left under the final name, and a checkpoint that stood there before still stands.
     """
     refuse_8_bits(model, "saved")
+    refuse_absent(model, "saved")
     folder = folder.resolve()
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     writer = ShardWriter(partial, max_shard_bytes) if transport.rank == 0 else None

@@ -21,7 +21,7 @@ import torch
 
 from .core.errors import CheckpointError, ConfigError
 from .experts.compute import expert_parameters
-from .layer import experts_modules
+from .layer import experts_modules, refuse_absent
 from .state_files import Entry
 
 
@@ -78,7 +78,9 @@ def spread(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
 
 
 def copy_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer, rank: int, size: int) -> dict[str, Any]:
-    """Copies in host memory of what this rank stores. Raises ConfigError for optimizer state that has no place."""
+    """Copies in host memory of what this rank stores. Raises ConfigError for optimizer state that has no place,
+    and where no rank holds some experts."""
+    refuse_absent(model, "saved")
     _check_optimizer(optimizer, named_tensors(model))
     stored = stored_tensors(model, rank, size)
     found = {}

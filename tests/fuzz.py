@@ -26,11 +26,13 @@ import msgpack
 import numpy as np
 
 from moe_runtime.checkpoint import CheckpointReader
+from moe_runtime.comm.bridge import read_header
+from moe_runtime.comm.greeting import disagreement, read_hello
 from moe_runtime.core.cluster import load_cluster
 from moe_runtime.core.errors import CheckpointError, ConfigError
 from moe_runtime.experts import placement, traces
 from moe_runtime.launch import preflight, reach
-from moe_runtime.launch.control import PROTOCOL, Controller, seal, unseal
+from moe_runtime.launch.control import MESSAGE_BYTES, PROTOCOL, Controller, from_frames, to_bytes
 from moe_runtime.launch.data.arrays import map_tokens
 from moe_runtime.launch.generation.requests import read_requests
 from moe_runtime.launch.toml import read_toml
@@ -155,13 +157,13 @@ def as_msgpack(pick: random.Random, data: bytes) -> bytes:
 
 
 def targets(folder: Path) -> list[Target]:
-    made = [control(), cluster_file(folder), plan_file(folder), *trace_files(folder), *safetensors(folder)]
+    made = [control(), *bridge(), cluster_file(folder), plan_file(folder), *trace_files(folder), *safetensors(folder)]
     return [*made, manifest(folder), prompts(folder), token_array(folder), training(folder)]
 
 
 def control() -> Target:
     """Messages of somebody who has the job's secret: a controller answers each, whatever is in it."""
-    secret, names = b"s", ["a", "b"]
+    names = ["a", "b"]
     facts = preflight.look("127.0.0.1", None, "cpu", 1, []) | {"command": "c", "found": {}, "door": 4}
     me = {"protocol": PROTOCOL, "node": 0, "mark": "m", "host": "h"}
     examples = [
@@ -181,21 +183,29 @@ def control() -> Target:
             check = lambda facts: preflight.malformed(names, facts) or preflight.verdicts(names, facts)  # noqa: E731
             find = lambda facts: reach.targets(names, facts)  # noqa: E731
             jobs[:] = [Controller(names, check, dict, 10.0, 1.0, 0.0, True, find)]
-        message = unseal(secret, seal_bytes(secret, data))
-        if message is None:
+        try:
+            message = from_frames([data], MESSAGE_BYTES)
+        except ValueError:
             return
         out = jobs[-1].receive(b"peer", message, 1.0) + jobs[-1].tick(2.0)
         for _, answer in out:
-            seal(secret, answer)
+            to_bytes(answer)
 
     return Target("control messages", [msgpack.packb(example) for example in examples], run, (), as_msgpack)
 
 
-def seal_bytes(secret: bytes, body: bytes) -> list[bytes]:
-    import hashlib
-    import hmac
+def bridge() -> list[Target]:
+    """What a rank gets on the bridge, from another rank or from somebody who says that he is one."""
+    headers = [msgpack.packb(header) for header in ([7, 1 << 21, 1], [["pair", 3], 12, 0], [-1, 0, 0])]
+    hello = {"protocol": 1, "rank": 2, "size": 4, "endpoint": "tcp://127.0.0.1:4000", "token": "ab" * 32, "cluster": 7}
 
-    return [hmac.digest(secret, body, hashlib.sha256), body]
+    def greet(data: bytes) -> None:
+        greeting = read_hello([data], 4)
+        if greeting is not None:
+            disagreement({0: {**hello, "rank": 0}, greeting["rank"]: greeting})
+
+    frames = Target("frames of rows", headers, lambda data: read_header(data, 1) and None, (ValueError,), as_msgpack)
+    return [frames, Target("greetings of ranks", [msgpack.packb(hello)], greet, (), as_msgpack)]
 
 
 def file_target(

@@ -318,13 +318,17 @@ def test_what_one_rank_finds_missing_ends_loading_on_every_rank(sharded, tmp_pat
 def read_own_experts_only(folder: Path) -> list[set[int]]:
     """Per expert layer, the experts of which this rank asked the reader for anything."""
     asked: list[tuple[str, int | None]] = []
-    read_raw = CheckpointReader.read_raw
+    read_raw, read_into = CheckpointReader.read_raw, CheckpointReader.read_into
 
     def recording(self, key, row=None):
         asked.append((key, row))
         return read_raw(self, key, row)
 
-    CheckpointReader.read_raw = recording
+    def recording_too(self, key, out, row=None):
+        asked.append((key, row))
+        read_into(self, key, out, row)
+
+    CheckpointReader.read_raw, CheckpointReader.read_into = recording, recording_too
     with moe_runtime.init({"timeout_s": 30}) as runtime:
         model = runtime.load_model(folder)
         layers = [module.moe_runtime_layer for module in experts_modules(model).values()]

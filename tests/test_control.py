@@ -10,7 +10,7 @@ import pytest
 from moe_runtime.core.cluster import Node
 from moe_runtime.core.errors import ConfigError
 from moe_runtime.launch import devices, reach
-from moe_runtime.launch.control import SILENCE_S, TRYING_S, Controller, Link, seal, serve, unseal
+from moe_runtime.launch.control import SILENCE_S, TRYING_S, Controller, Link, from_frames, serve, to_bytes
 from moe_runtime.launch.machine import free_port
 from moe_runtime.launch.preflight import checkpoint_bytes, look, malformed, tight, verdicts
 
@@ -207,6 +207,7 @@ def test_a_message_of_another_form_or_version_is_refused_and_changes_nothing(mes
     [(to, answer)] = job.receive(b"x", message, 1.0)
     assert to == b"x" and answer["kind"] == "refuse" and told in answer["why"]
     assert job.state == "gathering" and not job.status(1.0)["nodes"][0]["host"]
+    assert sum(job.status(1.0)["refused"].values()) == 1
 
 
 def test_an_agent_that_says_nothing_usable_of_its_node_is_named():
@@ -217,12 +218,14 @@ def test_an_agent_that_says_nothing_usable_of_its_node_is_named():
     assert "its files" in malformed(["a"], [{**good, "files": {"m": 3}}])[0]
 
 
-def test_messages_without_the_secret_are_dropped():
-    frames = seal(SECRET, {"kind": "stop"})
-    assert unseal(SECRET, frames)["kind"] == "stop"
-    assert unseal(b"another", frames) is None
-    assert unseal(SECRET, [frames[0], frames[1][:-1] + b"x"]) is None
-    assert unseal(SECRET, frames[1:]) is None and unseal(SECRET, []) is None
+def test_what_is_no_message_is_told_apart_from_what_is_too_large():
+    whole = to_bytes({"kind": "stop"})
+    assert from_frames([whole], 1000) == {"protocol": 1, "kind": "stop"}
+    for frames in ([], [whole, whole], [whole[:-1]], [whole + b"x"], [b""], [b"\x93\x01\x02\x03"], [b"\x91" * 500]):
+        with pytest.raises(ValueError, match="messages that were none"):
+            from_frames(frames, 1000)
+    with pytest.raises(ValueError, match="messages that were too large"):
+        from_frames([whole], len(whole) - 1)
 
 
 def test_an_address_that_is_taken_or_not_ours_is_an_error_that_says_so():
@@ -245,7 +248,7 @@ def test_control_traffic_of_a_start_grows_with_the_number_of_agents(count):
     def count_all(out):
         nonlocal messages, bytes_
         messages += len(out)
-        bytes_ += sum(len(frame) for _, message in out for frame in seal(SECRET, message))
+        bytes_ += sum(len(to_bytes(message)) for _, message in out)
 
     for again in range(5):  # all but the last say hello again twice a second until it comes
         for n in range(count - 1):

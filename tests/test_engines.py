@@ -198,7 +198,7 @@ def test_torchrun_on_each_host_finds_its_node_in_the_cluster_file(two, tmp_path)
     assert "[rank 0] I am 0 0 eth0" in first and "rank 1]" not in first
     assert all(f"[rank {n}] I am {n} {n - 1} eth0" in second for n in (1, 2, 3))
     assert f"node-b: {two.addresses[1]} (eth0)" in second
-    assert "signed with the job's name only" in first
+    assert "the job's keys follow from its name only" in first
 
 
 def test_a_hostfile(two, tmp_path):

@@ -665,11 +665,11 @@ IMPOSSIBLE = {
 
 
 def test_auto_leaves_shared_memory_alone_where_the_system_has_none(monkeypatch):
-    assert rendezvous._can_share_memory(ON_CPU)
+    assert rendezvous.can_share_memory(ON_CPU)
     monkeypatch.setattr(os, "memfd_create", lambda name: (_ for _ in ()).throw(PermissionError("not here")))
-    assert not rendezvous._can_share_memory(ON_CPU)
+    assert not rendezvous.can_share_memory(ON_CPU)
     monkeypatch.delattr(os, "memfd_create")
-    assert not rendezvous._can_share_memory(ON_CPU)
+    assert not rendezvous.can_share_memory(ON_CPU)
 
 
 @pytest.mark.parametrize("twin", ["frames", "sockets"], indirect=True)

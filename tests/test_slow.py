@@ -10,7 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_runtime.control.coordinator import Coordinator
+from moe_runtime.control.server import in_words
 from moe_runtime.control.slow import DRAIN_AFTER, EVERY_S, GONE_AFTER, Look, Watch, judge
+from moe_runtime.control.words import PROTOCOL
 
 PASSES = 20  # between two looks
 
@@ -176,6 +179,47 @@ def test_a_drain_is_asked_for_once_and_only_above_the_limit_for_long(limit, aske
     assert events and drains == []
     _, drains, _ = feed(watch, World(4, slower={1: 3.0}), now, looks=3 * DRAIN_AFTER)
     assert drains == asked
+
+
+def watched_job(limit: float, world: World, looks: int) -> Coordinator:
+    """A coordinator whose ranks have settled and beat with the world's counters."""
+    job, now = Coordinator(world.size, 3.0, 0.0), 1.0
+    job.watch = Watch(limit)
+
+    def say(number: int, kind: str, **fields) -> None:
+        job.receive(b"%d" % number, {"protocol": PROTOCOL, "rank": number, "mark": "m", "kind": kind, **fields}, now)
+
+    for number in range(world.size):
+        say(number, "hello", host="h", pid=number, view=0, members=[], settled=False)
+    for number in range(world.size):
+        say(number, "settled", view=1)
+    for look in world.history(looks):
+        for _ in range(int(EVERY_S / 0.5)):
+            now += 0.5
+            for number, metrics in look.metrics.items():
+                say(number, "beat", view=1, time=now, metrics=metrics)
+            job.tick(now)
+    return job
+
+
+def test_a_coordinator_names_a_slow_rank_and_drains_it_above_the_limit():
+    job = watched_job(2.0, World(3, slower={1: 3.0}), 14)
+    found = [(e["event"], e["rank"]) for e in job.events if e["event"] in ("slow", "drain")]
+    assert found == [("slow", 1), ("drain", 1)]
+    [slow] = job.status(99.0)["slow"]
+    assert (slow["rank"], slow["kind"]) == (1, "compute")
+    [event] = [e for e in job.events if e["event"] == "slow"]
+    assert in_words(event).startswith("rank 1 holds the others up (compute): ") and "us a row" in in_words(event)
+    assert "not hold the others up any more" in in_words({**event, "over": True})
+    assert [e["event"] for e in watched_job(0.0, World(3, slower={1: 3.0}), 14).events].count("drain") == 0
+
+
+def test_a_drain_that_cannot_be_is_said():
+    job = watched_job(1.5, World(1), 3)
+    job.watch.look = lambda now, metrics: ([], [0])
+    job._look_for_slow([], 100.0)
+    [note] = [e for e in job.events if e["event"] == "note"]
+    assert note["note"] == "slow enough to be drained, but no rank would be left"
 
 
 def test_no_drain_for_load_or_links():

@@ -15,13 +15,17 @@ import sys
 import termios
 import threading
 import time
+import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from test_hangs import SECRET, start_coordinator
 
 from moe_runtime.comm.locks import job_keys
 from moe_runtime.control.member import Member
+from moe_runtime.control.prometheus import CONTENT_TYPE
 from moe_runtime.launch.machine import free_port
 from moe_runtime.launch.top import lines, rates, short
 
@@ -99,10 +103,10 @@ def test_bytes_count_in_1024():
 
 @pytest.fixture
 def job(tmp_path, monkeypatch):
-    """A running job of two ranks that count tokens; its name."""
+    """A running job of two ranks that count tokens: their agents, and the port of /metrics."""
     port, folder = free_port(), tmp_path / "logs"
     folder.mkdir()
-    server = start_coordinator(folder, port, silence_s=20.0, size=2)
+    server = start_coordinator(folder, port, silence_s=20.0, size=2, metrics_port=(metrics_port := free_port()))
     members = [Member("127.0.0.1", port, job_keys(bytes.fromhex(SECRET)), number, 20.0) for number in range(2)]
     over = threading.Event()
 
@@ -137,13 +141,25 @@ def job(tmp_path, monkeypatch):
         {**watched, "job": "gone", "coordinator": ["127.0.0.1", free_port()]},
     ):
         (records / f"{record['job']}.json").write_text(json.dumps(record))
-    yield members
+    yield SimpleNamespace(members=members, metrics_port=metrics_port)
     over.set()
     thread.join()
     for member in members:
         member.leave()
         member.close()
     server.wait(10)
+
+
+def test_prometheus_reads_the_same_job(job):
+    ends, text = time.monotonic() + 10, ""
+    while "generated_tokens" not in text and time.monotonic() < ends:
+        with urllib.request.urlopen(f"http://127.0.0.1:{job.metrics_port}/metrics", timeout=5) as answer:
+            text = answer.read().decode()
+            assert answer.headers["Content-Type"] == CONTENT_TYPE
+    found = {family.name: family.samples for family in text_string_to_metric_families(text)}
+    tokens = {sample.labels["rank"]: sample.value for sample in found["moe_runtime_generated_tokens"]}
+    assert tokens.keys() == {"0", "1"} and min(tokens.values()) > 0
+    assert found["moe_runtime_up"][0].value == 1 and found["moe_runtime_view_members"][0].value == 2
 
 
 def top(*words: str) -> subprocess.CompletedProcess[str]:
@@ -225,7 +241,7 @@ def test_a_terminal_is_redrawn_follows_its_size_and_ctrl_c_leaves_it_clean(job):
 def test_the_end_of_a_job_ends_it(job):
     watching = subprocess.Popen([*COMMAND, "watched", "--every", "0.3"], stderr=subprocess.PIPE, text=True, stdout=-3)
     time.sleep(1.5)
-    for member in job:
+    for member in job.members:
         member.leave()
     _, stderr = watching.communicate(timeout=20)
     assert watching.returncode == 3 and "job watched is ending" in stderr

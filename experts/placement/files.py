@@ -11,7 +11,7 @@ import numpy as np
 
 from ...core.errors import ConfigError
 from ...core.files import write_atomically
-from ...core.placement import Placement
+from ...core.placement import MOST, Placement
 from .eplb import invert
 from .model import Ranks
 from .planner import Plan
@@ -41,6 +41,8 @@ def plan_to_dict(plan: Placement) -> dict[str, Any]:
     """A Plan, or a bare Placement, as lists, numbers and strings: for a file, or a message to other ranks."""
     found: dict[str, Any] = {"schema": SCHEMA, "kind": "moe-runtime plan"}
     found |= {name: _plain(getattr(plan, name)) for name in _FIELDS}
+    if plan.absent is not None:
+        found["absent"] = [plan.absent_experts(layer) for layer in range(plan.num_layers)]
     if isinstance(plan, Plan):
         ranks = {name: _plain(getattr(plan.ranks, name)) for name in ("cost", "fixed", "node")}
         found["plan"] = ranks | {name: _plain(getattr(plan, name)) for name in ("load", "policy", "equal", "note")}
@@ -67,7 +69,8 @@ def plan_from_dict(found: Any, path: str | Path) -> Placement:
             int(found["num_experts"]),
             int(found["num_ranks"]),
         )
-        placed = Placement(*fields)  # its numbers are bounded from here on
+        absent = None if found.get("absent") is None else _read_absent(found["absent"], len(fields[0]), fields[3])
+        placed = Placement(*fields, absent=absent)  # its numbers are bounded from here on
         if not isinstance(parts, dict):
             return placed
         slots = np.bincount(slot_rank, minlength=fields[4]).astype(np.int64)
@@ -79,11 +82,27 @@ def plan_from_dict(found: Any, path: str | Path) -> Placement:
             or not cost.shape == fixed.shape == ranks.node.shape == slots.shape
         ):
             raise ConfigError("the load or the ranks do not fit the slots")
-        return Plan(*fields, ranks, load, str(parts["policy"]), bool(parts["equal"]), str(parts["note"]))
+        words = str(parts["policy"]), bool(parts["equal"]), str(parts["note"])
+        return Plan(*fields, ranks, load, *words, absent=absent)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}; write the plan again with save_plan") from None
     except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"{path}: a table of the plan is damaged ({error}); write it again with save_plan") from None
+
+
+def _read_absent(lists: Any, num_layers: int, num_experts: int) -> np.ndarray:
+    """[L, E] bool from lists of experts, one for each layer."""
+    if not 0 < num_experts <= MOST or num_layers * num_experts > MOST * 16:
+        raise ConfigError(f"absent experts of {num_layers} layers of {num_experts}: too many")
+    if not isinstance(lists, list) or len(lists) != num_layers:
+        raise ConfigError(f"absent must be {num_layers} lists of experts, one for each layer")
+    absent = np.zeros((num_layers, num_experts), dtype=np.bool_)
+    for layer, experts in enumerate(lists):
+        for expert in experts:
+            if not isinstance(expert, int) or isinstance(expert, bool) or not 0 <= expert < num_experts:
+                raise ConfigError(f"absent: layer {layer} names {expert!r}, which is no expert (0..{num_experts - 1})")
+            absent[layer, expert] = True
+    return absent
 
 
 def export_sglang(plan: Placement, path: str | Path, layers: Sequence[int] | None = None, num_layers: int = 0) -> None:
@@ -142,6 +161,8 @@ def _all_layers(plan: Placement, layers: Sequence[int] | None, num_layers: int) 
 
 
 def _equal_slots(plan: Placement, whose: str) -> None:
+    if plan.absent is not None:
+        raise ConfigError(f"export: {whose} needs every expert in some slot; {plan.say_absent()}")
     counts = np.bincount(plan.slot_rank, minlength=plan.num_ranks)
     if np.ptp(counts):
         raise ConfigError(

@@ -18,6 +18,7 @@ BENCHES = {
     "balance": "moe_runtime.launch.bench.balance",
     "plan": "moe_runtime.launch.bench.plan",
     "start": "moe_runtime.launch.bench.start",
+    "bridge": "moe_runtime.launch.bench.bridge",
 }
 
 USAGE = f"""usage: moe-launch bench WHAT [options]

@@ -19,6 +19,7 @@ from ...comm.place import EMULATED
 from ...comm.quirks import as_bytes, dtype_name
 from ...comm.transport import LocalTransport, Transport
 from ...comm.wire import all_gather_message
+from ...core import environment
 from ..machine import free_port
 from .verdicts import WORKS, WRONG, Outcome
 
@@ -105,7 +106,8 @@ def _control(runtime: moe_runtime.Runtime, deadline_s: float) -> Transport:
     address = runtime.world.master_addr or "127.0.0.1"
     port = free_port(address) if runtime.rank == 0 else 0
     port = all_gather_message(runtime.transport, port, "check (control)")[0]
-    return meet(runtime.rank, runtime.size, address, port, deadline_s, {"check": moe_runtime.__version__})
+    about, secret = {"check": moe_runtime.__version__}, environment.job_secret()
+    return meet(runtime.rank, runtime.size, address, port, deadline_s, about, secret=secret)
 
 
 def _held(context: Context) -> list[torch.dtype]:

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from ...core import environment
 from ...core.errors import ConfigError
-from ..job import Job, network_variables, visible_variables
+from ..job import Job, network_variables, ranks_secret, visible_variables
 
 # Open MPI refuses root and more ranks than cores unless told; its binding would put gloo's thread on the rank's core.
 _OPEN_MPI = ("--bind-to", "none", "--map-by", ":OVERSUBSCRIBE")
@@ -36,7 +36,8 @@ def command(job: Job, mpirun_args: Sequence[str]) -> list[str]:
         }
         settings = [f"{name}={value}" for name, value in variables.items() if value]
         worker = [node.python or sys.executable, "-m", "moe_runtime.launch.worker", *job.target]
-        where = ["-n", str(node.devices), "--host", f"{node.host}:{node.devices}"]
+        # Its value goes with mpirun's own messages to its daemons, and is on no command line.
+        where = ["-x", environment.SECRET, "-n", str(node.devices), "--host", f"{node.host}:{node.devices}"]
         parts += [":", *where, "env", *settings, *worker]
     return [_mpirun(), *_OPEN_MPI, *mpirun_args, *parts[1:]]
 
@@ -44,7 +45,9 @@ def command(job: Job, mpirun_args: Sequence[str]) -> list[str]:
 def run(job: Job, mpirun_args: Sequence[str]) -> NoReturn:
     """Become mpirun: it takes signals itself, hands them on, and ends with the first failing rank's exit code."""
     words = command(job, mpirun_args)
-    os.execve(words[0], words, environment.inherited({}))
+    os.execve(
+        words[0], words, environment.inherited({environment.SECRET: ranks_secret(job), environment.SECRET_FILE: ""})
+    )
 
 
 def _mpirun() -> str:

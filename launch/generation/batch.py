@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from transformers import DynamicCache
 
 from . import sampling
-from .cache import append_rows, can_splice, keep_rows
+from .cache import append_rows, can_splice, cut_columns, keep_rows
 
 # Of generation_config.json: what is read, what options stand for, and what does not change which tokens come.
 _NOT_ABOUT_TOKENS = {
@@ -50,6 +51,11 @@ class Sequence:
     logprobs: list[float] = field(default_factory=list)
     visible: list[int] = field(default_factory=list)  # tokens that are text
     text: str | None = None
+
+    @property
+    def input(self) -> list[int]:
+        """What its first pass runs: the prompt, and the tokens that it has already where it goes on from others."""
+        return self.ids + self.tokens
 
 
 class RunningBatch:
@@ -84,10 +90,35 @@ class RunningBatch:
             lines.append(f"note: generation_config.json: {', '.join(sorted(asked))} not applied")
         return lines
 
-    def add(self, number: int, prompt: str, limit: int | None = None) -> None:
-        """limit: new tokens of this one, if not all that settings allow."""
-        ids = self._tokenizer.encode(prompt)
-        self._waiting.append(Sequence(number, ids, limit or self.settings.max_new_tokens))
+    def add(
+        self,
+        number: int,
+        prompt: str,
+        limit: int | None = None,
+        tokens: Iterable[int] = (),
+        logprobs: Iterable[float] = (),
+    ) -> None:
+        """limit: new tokens of this one, if not all that settings allow. tokens, logprobs: what it has already, of a
+        rank that is gone; it goes on from there."""
+        ids, known = self._tokenizer.encode(prompt), list(tokens)
+        sequence = Sequence(number, ids, limit or self.settings.max_new_tokens, known, list(logprobs))
+        sequence.visible = [token for token in known if token not in self._special]
+        self._waiting.append(sequence)
+
+    def sequences(self) -> list[Sequence]:
+        """Those that have not ended."""
+        entering = self._entering.sequences if self._entering else []
+        return [*self._running.sequences, *entering, *self._waiting]
+
+    def take_back(self) -> None:
+        """After a pass that was broken off: its part in caches is dropped, and where that cannot be done, sequences
+        begin again from their prompts and tokens."""
+        if self._entering is not None:
+            self._waiting.extendleft(reversed(self._entering.sequences))
+            self._entering = None
+        if not self._running.take_back():
+            self._waiting.extendleft(reversed(self._running.sequences))
+            self._running = _Rows(self.model, [])
 
     @property
     def held(self) -> int:
@@ -125,7 +156,7 @@ class RunningBatch:
         room = self.settings.batch_size - len(self._running.sequences)
         if not self._waiting or not room or (self._running.sequences and not self.splices):
             return None
-        lengths = [len(sequence.ids) for sequence in self._waiting]
+        lengths = [len(sequence.input) for sequence in self._waiting]
         chosen = set(together(lengths, room, self.settings.prefill_chunk, padding=self.splices))
         group = [sequence for at, sequence in enumerate(self._waiting) if at in chosen]
         self._waiting = deque(sequence for at, sequence in enumerate(self._waiting) if at not in chosen)
@@ -170,8 +201,9 @@ class _Rows:
     def __init__(self, model: Any, sequences: list[Sequence], padding: int = 0) -> None:
         self._model, self.sequences = model, sequences
         self.cache = DynamicCache(config=model.config)
-        self.ids, self.mask = (tensor.to(model.device) for tensor in pad_left([s.ids for s in sequences], padding))
+        self.ids, self.mask = (tensor.to(model.device) for tensor in pad_left([s.input for s in sequences], padding))
         self._done = 0  # columns that are in the cache
+        self._decoded = True  # the latest column as well
 
     def prefill(self, columns: int) -> torch.Tensor | None:
         """Run the next columns of the prompts. Logits [B, V] after the last one, None before."""
@@ -183,8 +215,20 @@ class _Rows:
     def decode(self) -> torch.Tensor:
         """Run each row's latest token. Logits [B, V]."""
         latest = torch.tensor([[sequence.tokens[-1]] for sequence in self.sequences], device=self.mask.device)
-        self.mask = torch.cat([self.mask, torch.ones_like(latest)], dim=1)
-        return self._forward(latest, self.mask)
+        self.mask, self._decoded = torch.cat([self.mask, torch.ones_like(latest)], dim=1), False
+        logits = self._forward(latest, self.mask)
+        self._decoded = True
+        return logits
+
+    def take_back(self) -> bool:
+        """Undo a decoding pass that was broken off: whether the cache could be cut back to where it was."""
+        if not self.sequences:
+            return True
+        length = self.mask.shape[1] if self._decoded else self.mask.shape[1] - 1
+        if not cut_columns(self.cache, length):
+            return False
+        self.mask, self._decoded = self.mask[:, :length], True
+        return True
 
     def keep(self, rows: list[int]) -> None:
         """Drop all other rows, and columns that are padding in all that stay."""

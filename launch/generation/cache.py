@@ -43,6 +43,22 @@ def append_rows(cache: DynamicCache, other: DynamicCache, length: int) -> None:
         _set_length(layer, length)
 
 
+def cut_columns(cache: DynamicCache, length: int) -> bool:
+    """Drop every column after the first `length`, which only some layers may have; whether that is possible.
+
+    A layer with a sliding window has dropped its oldest column for the newest already.
+    """
+    if not can_splice(cache) or any(hasattr(layer, "sliding_window") for layer in cache.layers):
+        return False
+    for layer in cache.layers:
+        for name, tensor in _tensors(layer).items():
+            if tensor.shape[_COLUMNS[name]] < length:
+                return False
+            setattr(layer, name, tensor.narrow(_COLUMNS[name], 0, length))
+        _set_length(layer, length)
+    return True
+
+
 def _tensors(layer: Any) -> dict[str, torch.Tensor]:
     found = {name: getattr(layer, name, None) for name in _COLUMNS}
     return {name: tensor for name, tensor in found.items() if tensor is not None}

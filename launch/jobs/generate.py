@@ -22,6 +22,7 @@ from ...comm.wire import all_gather_message
 from ...core.config import RuntimeConfig
 from ...core.errors import ConfigError
 from ..generation import gain, options
+from ..generation import survive as generation
 from ..generation.batch import RunningBatch, Settings
 from ..generation.output import Sink, take_up
 from ..generation.requests import Request, read_requests
@@ -42,7 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     CheckpointReader(arguments.model).close()  # a missing or broken file is told before anything is waited for
     requests = read_requests(arguments.prompt, arguments.input)
     with moe_runtime.init(RuntimeConfig.from_any(settings)) as runtime:
-        sink, done = open_output(runtime, requests, arguments)
+        survives = runtime.on_loss != "fail"
+        if survives and arguments.record:
+            raise ConfigError("--record and --on-loss do not go together: a trace would have a gap; leave one out")
+        sink, done = (None, 0) if survives else open_output(runtime, requests, arguments)
         tokenizer = load_tokenizer(arguments.tokenizer, arguments.model)
         dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
         model = runtime.load_model(
@@ -54,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             progress=LoadingProgress(runtime.rank),
         )
         good = [request for request in requests[done:] if request.error is None]
+        if survives:
+            return survive(runtime, model, tokenizer, requests, arguments)
         batches, halved = make_batches(runtime, model, tokenizer, good, arguments)
         if runtime.rank == 0:
             print(runtime.describe(), *batches[0].describe(), halved, sep="\n", file=sys.stderr)
@@ -72,6 +78,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Rank 0 alone reports bad lines: a rank that ends first with an error would have the others stopped.
         bad = any(request.error is not None for request in requests)
         return EXIT_SOME_INPUT_BAD if bad and runtime.rank == 0 else 0
+
+
+def survive(
+    runtime: moe_runtime.Runtime, model: Any, tokenizer: Any, requests: list[Request], arguments: argparse.Namespace
+) -> int:
+    """The job where ranks may be lost, come and leave (generation/survive.py)."""
+    good = [request for request in requests if request.error is None]
+    batch = RunningBatch(model, tokenizer, batch_settings(arguments, arguments.batch_size))
+    spooled = generation.spooled(arguments, runtime.log_dir)
+
+    def open_sink(goes_on: bool) -> tuple[Sink, set[int]]:
+        kept = take_up(spooled.output, requests, arguments.logprobs) if goes_on or arguments.resume else []
+        sink = Sink(requests, kept, spooled)
+        sink.start()
+        return sink, {record["line"] for record in kept}
+
+    if runtime.rank == 0 and not runtime.joins:
+        halved = "halves: off, a pass may be broken off"
+        print(runtime.describe(), *batch.describe(), halved, sep="\n", file=sys.stderr)
+    job = generation.SurvivingGeneration(runtime, batch, good, open_sink)
+    if not job.run():
+        print(f"rank {runtime.number} has been drained", file=sys.stderr)
+        return 0
+    writes = job.sink is not None
+    if writes:
+        job.sink.close()
+        if arguments.output is None and not arguments.json:
+            generation.show(spooled.output)
+    runtime.leave()
+    return EXIT_SOME_INPUT_BAD if len(good) < len(requests) and writes else 0
 
 
 def open_output(

@@ -82,6 +82,7 @@ class Coordinator:
         self._hang: Message | None = None
         self._lost_at = 0.0
         self._claims: list[View] = []
+        self._ended_meanwhile: dict[int, str] = {}  # ranks that ended while there was no coordinator
         self._can_recover = False  # all ranks have loaded, and have said that they take up new views from here on
 
     # ---- messages -------------------------------------------------------------------------------------------------
@@ -108,7 +109,9 @@ class Coordinator:
             return [(sender, {"kind": "again"})]  # say hello first: this coordinator does not know it yet
         rank.sender, rank.heard = sender, now
         getattr(self, f"_on_{kind}")(rank, message, now)
-        out = [] if kind != "beat" else [(sender, {"kind": "heard", "time": message["time"], **self._told(rank)})]
+        if kind == "beat":  # most messages are beats: what time brings is looked at in `tick` alone
+            return [(sender, {"kind": "heard", "time": message["time"], **self._told(rank)})]
+        out: Out = []
         if kind == "post":
             out = self._table(message["key"], message["view"])
         return [*out, *self.tick(now)]
@@ -158,7 +161,7 @@ class Coordinator:
         if self._settled() and not before:
             self._can_recover = True
             outage = round(now - self._lost_at, 3) if self._lost_at else None
-            self.outages += [outage] if outage and self.view.number > 1 else []
+            self.outages += [outage] if outage else []
             self._event("settled", now, view=self.view.number, outage_s=outage)
             self._lost_at = 0.0
 
@@ -237,7 +240,7 @@ class Coordinator:
                 self._event("note", now, rank=number, note=f"slow enough to be drained, but {answer['why']}")
 
     def _weigh_reports(self, members: list[_Rank], now: float) -> Out:
-        """Whom to believe: a rank that others wait for and that reports nobody itself is stuck, or cannot be reached."""
+        """Whom to believe: a rank that others wait for and that reports nobody itself is stuck, or out of reach."""
         reports = [rank for rank in members if rank.report is not None]
         if not reports or self._losses or self._fencing:
             return []
@@ -300,7 +303,7 @@ class Coordinator:
     def _return(self, now: float) -> None:
         """Started again: go on with the newest view that anyone was in, once its members are back or late."""
         newest = max(self._claims, key=lambda view: view.number, default=None)
-        here = newest is not None and all(number in self.ranks for number in newest.members)
+        here = newest is not None and all(n in self.ranks or n in self._ended_meanwhile for n in newest.members)
         if not here and now - self._began < max(RETURN_S, self.silence_s):
             return
         if newest is None:  # nobody was in a view yet
@@ -315,6 +318,9 @@ class Coordinator:
                 self.ranks[number].state = "member"
             else:
                 self.ranks[number] = _Rank(number, "", b"", "", 0, self._began, "member")
+        for number, how in self._ended_meanwhile.items():
+            if number in newest.members and not self.ranks[number].mark:
+                self._gone(self.ranks[number], how, now, certain=True)
         self._event("coordinator", now, view=newest.number, members=list(newest.members))
 
     # ---- decisions ------------------------------------------------------------------------------------------------
@@ -322,9 +328,10 @@ class Coordinator:
     def _announce(
         self, members: tuple[int, ...], why: str, now: float, at_boundary: bool, lost: Sequence[int] = ()
     ) -> None:
-        self.view = View(self.view.number + 1, members, why, at_boundary)
+        taken = [self.view.number, *(rank.phase.get("view", 0) for rank in self.ranks.values())]
+        self.view = View(max(n for n in taken if isinstance(n, int)) + 1, members, why, at_boundary)
         self._posts, self._losses, self._hang = {}, {}, None
-        if not at_boundary and not self._lost_at:
+        if lost and not self._lost_at:
             self._lost_at = now
         for rank in self.ranks.values():
             rank.report, rank.stacks = None, None
@@ -362,6 +369,8 @@ class Coordinator:
             self._gone(rank, how, now, certain=True)
         elif rank is None and self.state == "starting":
             self._stop(f"rank {number} {how} before the job began", now)
+        elif rank is None and self.state == "returning":
+            self._ended_meanwhile[number] = how
 
     def _settled(self) -> bool:
         return all(self.ranks[n].view == self.view.number for n in self.view.members if n in self.ranks)
@@ -381,6 +390,8 @@ class Coordinator:
         told: Message = {"draining": sorted(self._draining)}
         if view.number and (rank.number in view.members or rank.view):
             told["view"] = [view.number, list(view.members), view.why, view.at_boundary]
+        elif view.number:
+            told["joins"] = True
         return told
 
     def _to_all(self) -> Out:

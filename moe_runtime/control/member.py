@@ -50,6 +50,7 @@ class Member:
         self.on_view: Callable[[Notice], None] = lambda notice: None
         self.draining: list[int] = []
         self.stopped: str | None = None  # why the job is to end
+        self.joins = False  # the job has begun, and this rank is not in it yet
         self.settled_in = 0
         self._mark = secrets.token_hex(8)
         self._newest: Notice | None = None
@@ -80,11 +81,18 @@ class Member:
         """Whether nobody can have gone on without this rank yet: asked before writing where others may write."""
         return time.monotonic() - self._acknowledged < LEASE * self.silence_s
 
+    def first_view(self, deadline_s: float) -> Notice | None:
+        """The view that the job begins with, or None where it has begun without this rank. Raises as await_view."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.joins or self._newest or self.stopped is not None, deadline_s)
+        return None if self.joins and self.stopped is None else self.await_view(0, 0.0)
+
     def await_view(self, after: int, deadline_s: float) -> Notice:
-        """The newest view with a number above `after`. Raises PeerTimeout, or MoeRuntimeError where the job is to end."""
+        """The newest view with a number above `after`. Raises PeerTimeout; MoeRuntimeError where the job is to end."""
         with self._changed:
             arrived = self._changed.wait_for(
-                lambda: self.stopped is not None or (self._newest is not None and self._newest.number > after), deadline_s
+                lambda: self.stopped is not None or (self._newest is not None and self._newest.number > after),
+                deadline_s,
             )
         if self.stopped is not None:
             raise MoeRuntimeError(f"rank {self.number}: {self.stopped}")
@@ -183,8 +191,7 @@ class Member:
             ready = dict(poller.poll(max(0.0, beaten + BEAT_S - time.monotonic()) * 1000))
             if self._wake_read in ready:
                 os.read(self._wake_read, 4096)
-            while not self._to_send.empty():
-                self._send(self._to_send.get())
+            self._send_all()
             while self._socket.poll(0):
                 self._take(self._socket.recv())
             now = time.monotonic()
@@ -193,6 +200,7 @@ class Member:
                 self._send({"kind": "beat", "view": self.settled_in, "time": now, "state": dict(self.state),
                             "metrics": dict(self.metrics)})  # fmt: skip
             if self._ended:
+                self._send_all()  # what was said since: that this rank is done, often
                 break
             if not self.may_act() and self.settled_in:
                 self._end_process(
@@ -201,6 +209,10 @@ class Member:
                 )
         self._socket.close(linger=300)
         self._context.term()
+
+    def _send_all(self) -> None:
+        while not self._to_send.empty():
+            self._send(self._to_send.get())
 
     def _hello(self) -> None:
         newest = self._newest
@@ -242,6 +254,9 @@ class Member:
         self._acknowledged = max(self._acknowledged, message["time"] or self._acknowledged)
         self.draining = message.get("draining", self.draining)
         with self._changed:
+            if message.get("joins") and not self.joins:
+                self.joins = True
+                self._changed.notify_all()
             if "stop" in message and self.stopped is None:
                 self.stopped = message["stop"]
                 self._changed.notify_all()

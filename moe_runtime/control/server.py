@@ -1,4 +1,4 @@
-"""The coordinator as a process of its own: `python -m moe_runtime.control.server`, its settings a line of JSON on stdin.
+"""The coordinator as a process: `python -m moe_runtime.control.server`, its settings a line of JSON on stdin.
 
 It ends when the job is over, or when its stdin ends: whoever started it is gone then. What happens is written to
 events.jsonl in the job's folder of logs, hang reports to hang-N.json beside it, and printed once.

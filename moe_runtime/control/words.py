@@ -1,4 +1,4 @@
-"""What is said on the control plane: every kind of message, its fields and their types; and how long things may take."""
+"""What is said on the control plane: every kind of message, its fields and their types."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 PROTOCOL = 1
 MAX_BYTES = 1 << 20  # of a message
+ON_LOSS = ("fail", "replica", "reload", "renormalise")  # what a user can choose to happen when a rank is lost
 BEAT_S = 0.1  # between two messages of a rank
 
 Message = dict[str, Any]

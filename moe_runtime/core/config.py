@@ -30,6 +30,8 @@ class RuntimeConfig:
         CPUs).
     bridge: what joins islands: "zeromq", or "gloo" or "mpi" where all nodes have the same one, or "flagcx" where its
         torch plug-in is installed and every rank has a device.
+    bridge_encryption: "off", or "on": rows between islands (and of transport "zeromq") are encrypted too, at a fifth of
+        the bandwidth; ranks then need a secret, which moe-launch hands them. It says nothing of rows inside an island.
     wire_format: what rows travel as on their way to experts, in order of preference, separated by commas: "exact" (the
         model's own dtype), "fp8", "int8", or a dtype such as "bfloat16". Each pair of ranks takes the first that both
         can; "fp8,int8,exact" is a good choice where bandwidth is short. Results go home exact.
@@ -50,6 +52,7 @@ class RuntimeConfig:
     device: str = "auto"
     transport: str = "auto"
     bridge: str = "zeromq"
+    bridge_encryption: str = "off"
     wire_format: str = "exact"
     per_expert_sums: bool = False
     expert_kernel: str = "auto"
@@ -69,6 +72,11 @@ class RuntimeConfig:
             raise ConfigError(f"transport must be one of {', '.join(TRANSPORTS)}, got {self.transport!r}")
         if self.bridge not in BRIDGES:
             raise ConfigError(f"bridge must be one of {', '.join(BRIDGES)}, got {self.bridge!r}")
+        if self.bridge_encryption not in ("off", "on"):
+            raise ConfigError(f"bridge_encryption must be off or on, got {self.bridge_encryption!r}")
+        if self.bridge_encryption == "on" and (self.bridge != "zeromq" or self.transport in ("gloo", "mpi")):
+            other = f"bridge {self.bridge}" if self.bridge != "zeromq" else f"transport {self.transport}"
+            raise ConfigError(f'bridge_encryption = "on": {other} encrypts nothing; ZeroMQ does')
         if self.expert_kernel not in KERNELS:
             raise ConfigError(f"expert_kernel must be one of {', '.join(KERNELS)}, got {self.expert_kernel!r}")
         if self.dense_kernel not in DENSE_KERNELS:

@@ -6,6 +6,7 @@ from the environment. Everything else is configuration.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import socket
@@ -47,7 +48,10 @@ _OTHER_LAUNCHERS = (
 _LAUNCHER_PID = "MOE_RUNTIME_LAUNCHER_PID"
 OUTPUT = "MOE_RUNTIME_OUTPUT"  # a folder with the pipes that a node's ranks write to
 RESTARTS = "MOE_RUNTIME_RESTARTS"  # how often a job was started again, and how often at most: "1/3"
+SURVIVAL = "MOE_RUNTIME_SURVIVAL"  # the file that says where a job's coordinator is (survival.py)
 ENGINE_JOB = "MOE_RUNTIME_JOB"  # a job, for agents that an engine starts without a stdin of their own
+SECRET = "MOE_RUNTIME_JOB_SECRET"
+SECRET_FILE = "MOE_RUNTIME_JOB_SECRET_FILE"
 FIRST_NODE = "MOE_RUNTIME_FIRST_NODE"  # the number of the first node of this pool of pods
 
 
@@ -193,6 +197,12 @@ def take_output() -> tuple[str, str] | None:
     return (f"{folder}/{local_rank}.out", f"{folder}/{local_rank}.err") if folder and local_rank.isdigit() else None
 
 
+def survival_file() -> Path | None:
+    """Where the launcher wrote how to reach this job's coordinator; None for jobs without one."""
+    text = os.environ.get(SURVIVAL, "")
+    return Path(text) if text else None
+
+
 def take_restarts() -> None:
     """Tell this rank how often the whole job was started again, in torchrun's words: its agent counts its own only."""
     count, sign, most = os.environ.pop(RESTARTS, "").partition("/")
@@ -221,9 +231,26 @@ def job_of_engine() -> tuple[str, int, str]:
     return text, _integer(os.environ, "SLURM_PROCID"), os.environ.get("SLURMD_NODENAME", "")
 
 
-def job_secret() -> str | None:
-    """What the user set for control messages between nodes (MOE_RUNTIME_JOB_SECRET), or None."""
-    return os.environ.get("MOE_RUNTIME_JOB_SECRET") or None
+def job_secret() -> bytes | None:
+    """The job's secret, or None where nobody handed one over.
+
+    It comes from a file (MOE_RUNTIME_JOB_SECRET_FILE, hexadecimal, readable by this user only: what moe-launch hands to
+    its ranks) or from MOE_RUNTIME_JOB_SECRET, any text, the same on all nodes. Raises ConfigError for a bad file.
+    """
+    path, text = os.environ.get(SECRET_FILE, ""), os.environ.get(SECRET, "")
+    if not path:
+        return hashlib.sha256(text.encode()).digest() if text else None
+    try:
+        private, secret = not os.stat(path).st_mode & 0o077, bytes.fromhex(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"{SECRET_FILE}={path}: cannot be read ({error.strerror})") from None
+    except ValueError:
+        raise ConfigError(f"{SECRET_FILE}={path}: not hexadecimal digits") from None
+    if not private:
+        raise ConfigError(f"{SECRET_FILE}={path}: others may read or write this file; chmod 600 {path}")
+    if len(secret) < 16:
+        raise ConfigError(f"{SECRET_FILE}={path}: {len(secret)} bytes are too few for a secret; give 16 or more")
+    return secret
 
 
 def slurm_allocation(env: Mapping[str, str] | None = None) -> tuple[str, int, int] | None:

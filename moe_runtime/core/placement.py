@@ -8,7 +8,7 @@ slots, and an expert may have replicas.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -25,6 +25,7 @@ class Placement:
     slot_rank   [S]    int32: the rank that slot s lives on; non-decreasing, the same in every layer.
     slot_share  [L, S] float64: the part of its expert's tokens a slot takes; a layer's shares of one expert sum to 1.
     num_experts, num_ranks: E and R.
+    absent      [L, E] bool, or None for none: experts that no rank holds, after a rank that held them was lost.
 
     Within a rank the slots of a layer are in increasing expert order, and a rank never holds the same expert
     twice. Raises ConfigError when any of this does not hold.
@@ -35,6 +36,7 @@ class Placement:
     slot_share: np.ndarray
     num_experts: int
     num_ranks: int
+    absent: np.ndarray | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         expert, rank, share = self.slot_expert, self.slot_rank, self.slot_share
@@ -49,11 +51,19 @@ class Placement:
             raise ConfigError(f"placement: slot_rank must be non-decreasing and within 0..{self.num_ranks - 1}")
         if (share < 0).any():
             raise ConfigError(f"placement: layer {np.argwhere(share < 0)[0][0]} has a negative share")
+        absent = self._checked_absent()
         for layer in range(expert.shape[0]):
             held = np.zeros(self.num_experts)
             if len(rank) and (expert[layer].min() < 0 or expert[layer].max() >= self.num_experts):
                 raise ConfigError(f"placement: layer {layer} names an expert outside 0..{self.num_experts - 1}")
             np.add.at(held, expert[layer], share[layer])
+            if absent is not None:
+                if absent[layer][expert[layer]].any():
+                    both = int(expert[layer][absent[layer][expert[layer]]][0])
+                    raise ConfigError(
+                        f"placement: layer {layer}, expert {both} is said to be absent, but a slot holds it"
+                    )
+                held[absent[layer]] = 1.0
             if not np.allclose(held, 1.0, atol=1e-6):
                 wrong = int(np.argmax(~np.isclose(held, 1.0, atol=1e-6)))
                 raise ConfigError(
@@ -65,6 +75,21 @@ class Placement:
                 raise ConfigError(
                     f"placement: layer {layer}: the experts of each rank must be distinct and in increasing order"
                 )
+
+    def _checked_absent(self) -> np.ndarray | None:
+        """`absent`, which is None where it names no expert: then placements that are equal have equal fields."""
+        absent = self.absent
+        if absent is None:
+            return None
+        if absent.dtype != np.bool_ or absent.shape != (self.num_layers, self.num_experts):
+            raise ConfigError(
+                f"placement: absent must be bool [L, E] = {[self.num_layers, self.num_experts]}, "
+                f"got {absent.dtype} {list(absent.shape)}"
+            )
+        if absent.any():
+            return absent
+        object.__setattr__(self, "absent", None)  # the dataclass is frozen
+        return None
 
     @property
     def num_layers(self) -> int:
@@ -83,7 +108,19 @@ class Placement:
         return self.slot_expert[layer, self.rank_slots(rank)].tolist()
 
     def has_replicas(self) -> bool:
-        return self.num_slots > self.num_experts
+        fewest = self.num_experts if self.absent is None else self.num_experts - int(self.absent.sum(axis=1).max())
+        return self.num_slots > fewest
+
+    def absent_experts(self, layer: int) -> list[int]:
+        """The experts of a layer that no rank holds."""
+        return [] if self.absent is None else np.flatnonzero(self.absent[layer]).tolist()
+
+    def say_absent(self) -> str:
+        """In words, for errors: how many experts nobody holds, and the first of them. "" where there are none."""
+        if self.absent is None:
+            return ""
+        layer, expert = np.argwhere(self.absent)[0].tolist()
+        return f"no rank holds {int(self.absent.sum())} experts, such as expert {expert} of layer {layer}"
 
     def digest(self) -> int:
         """A 63-bit hash of the whole table, for the cross-rank check before the first exchange."""
@@ -91,4 +128,6 @@ class Placement:
         for array, kind in ((self.slot_expert, "<i4"), (self.slot_rank, "<i4"), (self.slot_share, "<f8")):
             h.update(repr(array.shape).encode())
             h.update(np.ascontiguousarray(array, dtype=kind).tobytes())
+        if self.absent is not None:  # a placement that holds every expert has the digest that it always had
+            h.update(np.packbits(self.absent).tobytes())
         return int.from_bytes(h.digest()[:8], "little") >> 1
