@@ -46,9 +46,8 @@ def collect(runtime: Runtime, model: Any, tokens: int = 0, requests: int = 0) ->
     counters: dict[str, Any] = {"passes": layers[0].passes, "tokens": tokens, "requests": requests}
     for name, told in _OF_LAYERS.items():
         counters[told] = sum([getattr(layer, name) for layer in layers])
-    lacking = [layer.lacking for layer in layers if hasattr(layer, "lacking")]
-    counters["dropped"] = sum(lack.selections for lack in lacking)
-    counters["renormalised"] = sum(lack.touched for lack in lacking)
+    counters["dropped"] = sum([layer.lacking.selections for layer in layers])
+    counters["renormalised"] = sum([layer.lacking.touched for layer in layers])
     counters["wait_s"] = {ranks[at]: seconds for at, seconds in enumerate(waits.total_s) if waits.count[at]}
     counters["waits_exact"] = waits.exact
     counters["speed"] = runtime.rank_speeds[runtime.rank]
