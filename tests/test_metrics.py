@@ -14,6 +14,7 @@ from ranks import run_ranks
 import moe_runtime
 from moe_runtime import metrics
 from moe_runtime.comm.messages import pack, unpack
+from moe_runtime.control.slow import Look, judge
 from moe_runtime.layer import LayerState
 from moe_runtime.model import expert_layers
 
@@ -83,6 +84,47 @@ def test_wait_is_told_by_rank_number_not_by_place_in_the_view():
     model = torch.nn.Module()
     metrics._modules_of[model] = [SimpleNamespace(moe_runtime_layer=LayerState(0, None, None, None, False, False))]
     assert metrics.collect(runtime, model)["wait_s"] == {7: 0.5}
+
+
+CLUSTER = """[[node]]
+name = "a"
+host = "localhost"
+vendor = "cpu"
+devices = 2
+
+[[node]]
+name = "b"
+host = "localhost"
+vendor = "cpu"
+devices = 1
+"""
+
+
+def be_watched(checkpoint: Path, cluster: Path, late_s: float) -> list[tuple[float, dict]]:
+    """(time, counters) at seven looks; rank 2 is late_s seconds late with every pass."""
+    looks = []
+    with moe_runtime.init({"timeout_s": 60, "cluster": str(cluster), "transport": "shm"}) as runtime, torch.no_grad():
+        model = runtime.load_model(checkpoint, dtype=torch.float32)
+        for _ in range(7):
+            for _ in range(4 if late_s else 10):
+                if runtime.rank == 2:
+                    time.sleep(late_s)
+                model(torch.randint(2, 128, (8, 32)))
+            looks.append((time.monotonic(), metrics.collect(runtime, model)))
+    return looks
+
+
+@pytest.mark.parametrize(("emulated", "late_s", "kind"), [("emulate_speed = 0.2", 0.0, "compute"), ("", 0.25, "late")])
+def test_real_ranks_count_what_tells_a_slow_one_from_a_late_one(checkpoint, tmp_path, emulated, late_s, kind):
+    (tmp_path / "cluster.toml").write_text(CLUSTER + emulated)
+    ranks = run_ranks(be_watched, 3, checkpoint, tmp_path / "cluster.toml", late_s)
+    history = [
+        Look(of_all[0][0], {n: told for n, (_, told) in enumerate(of_all)}) for of_all in zip(*ranks, strict=True)
+    ]
+    found = {(slow.rank, slow.kind): slow for slow in judge(history)}
+    print(*found.values(), sep="\n")
+    assert (2, kind) in found  # and no more on a quiet machine; on a busy one others may be slow as well
+    assert kind == "late" or found[2, kind].ratio > 3.0
 
 
 def cost(checkpoint: Path) -> tuple[float, float, float]:
