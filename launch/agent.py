@@ -31,6 +31,7 @@ from .job import Job, next_attempt, visible_variables
 from .machine import free_port
 from .process import say, signal_name, signals_to
 from .ranks import Ranks
+from .surviving import SurvivingRanks
 from .worker import USER_ERROR_CODE, USER_ERRORS, one_line
 
 
@@ -76,7 +77,7 @@ class _Agent:
         self._link = Link(job.address, job.port, bytes.fromhex(job.secret))
         self._speaks = number == 0 or not job.one_terminal
         self._mark = secrets.token_hex(8)
-        self._ranks: Ranks | None = None
+        self._ranks: Ranks | SurvivingRanks | None = None
         self._door: reach.Door | None = None
         self._signals: list[int] = []  # that this agent got
         self.again = False  # the controller wants all ranks started once more
@@ -110,7 +111,8 @@ class _Agent:
                     break  # and send it
                 elif order["kind"] == "go" and self._ranks is None:
                     self._close_door()
-                    self._ranks = Ranks(self._job, self._number, address, facts["interface"], order, self._mark)
+                    start = Ranks if self._job.on_loss == "fail" else SurvivingRanks
+                    self._ranks = start(self._job, self._number, address, facts["interface"], order, self._mark)
                 elif order["kind"] in ("stop", "refuse"):
                     self.again = bool(order.get("restart")) and not self._signals
                     return self._end(order["code"], order["why"])
@@ -210,9 +212,12 @@ def _controller(job: Job) -> threading.Thread:
     def start() -> Message:
         return {"devices": counts, "store_port": free_port(job.address)}
 
-    left = job.attempt < job.max_restarts
+    left = job.attempt < job.max_restarts and job.on_loss == "fail"
     targets = functools.partial(reach.targets, names)
-    controller = Controller(names, check, start, job.wait_s, job.shutdown_timeout, time.monotonic(), left, targets)
+    survives = job.on_loss != "fail"
+    controller = Controller(
+        names, check, start, job.wait_s, job.shutdown_timeout, time.monotonic(), left, targets, survives
+    )
     return serve(controller, job.address, job.port, bytes.fromhex(job.secret))
 
 

@@ -261,7 +261,8 @@ def _keeper(options: argparse.Namespace, size: int, log_dir: Path, record: Path)
 
     def make(events: Any) -> Keeper:
         survival = Survival(options.on_loss, options.silence, options.max_restarts)
-        keeper = Keeper(survival, size, "127.0.0.1", free_port(), log_dir, events)
+        secret, host = secrets.token_hex(32), socket.gethostname()
+        keeper = Keeper(survival, size, "127.0.0.1", free_port(), log_dir, events, secret, host)
         records.add(record, coordinator=[keeper.address, keeper.port], secret=keeper.secret)
         return keeper
 

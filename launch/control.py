@@ -82,7 +82,8 @@ class Controller:
 
     check(facts of all nodes) returns what does not fit together, one line for each; with any line nothing starts.
     targets(facts of all nodes) says whom each node is to connect to before anything starts (reach.py).
-    may_restart: a rank's failure, other than a user's mistake, tells the agents to begin again.
+    survives: a node that is not heard of is left to the coordinator of the ranks (moe_runtime/control), which goes on
+    without its ranks. may_restart: a rank's failure, other than a user's mistake, tells the agents to begin again.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Controller:
         now: float,
         may_restart: bool = False,
         targets: Callable[[list[Mapping[str, Any]]], list[list[Any]]] = lambda facts: [],
+        survives: bool = False,
     ) -> None:
         self._nodes = [_Node(name) for name in names]
         self._check, self._start, self._find_targets = check, start, targets
@@ -104,7 +106,7 @@ class Controller:
         self.state = "gathering"
         self.code, self.why, self.restart = 0, "", False
         self.refused: Counter[str] = Counter()  # messages, by reason
-        self._may_restart = may_restart
+        self._may_restart, self._survives = may_restart, survives
         self._failures: list[tuple[bool, int, str]] = []
         self._since = now  # of the present state, or of the first failure
 
@@ -175,8 +177,11 @@ class Controller:
             return self._to_all()
         if self.state != "running":
             return []
-        silent = [n for n in self._nodes if now - n.heard > SILENCE_S]
-        if silent:
+        silent = [n for n in self._nodes if not n.gone and now - n.heard > SILENCE_S]
+        if silent and self._survives:
+            for node in silent:
+                node.gone = node.ended = True
+        elif silent:
             for node in silent:
                 node.gone = True  # nobody waits for them
             self._stop(1, f"{silent[0].name} has not been heard of for {SILENCE_S:g} s: host or network is down", now)

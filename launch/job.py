@@ -20,7 +20,8 @@ class Job:
     """What all agents of a job are told alike. nodes: in rank order; address, port: where node 0's controller listens.
 
     target: the worker's arguments. files: what every node must have, the same. wait_s: for all nodes to come.
-    max_restarts: how often all ranks are started again after one failed; attempt: how often they were.
+    max_restarts: how often all ranks are started again after one failed; attempt: how often they were. on_loss: "fail",
+    or how the job goes on without ranks that are lost (words.ON_LOSS), after silence_s; its are started again.
     one_terminal: all agents write to one place, so only node 0 tells what concerns the whole job. tee: see is_shown.
     """
 
@@ -42,6 +43,8 @@ class Job:
     tee: str | None = None
     max_restarts: int = 0
     attempt: int = 0
+    on_loss: str = "fail"
+    silence_s: float = 3.0
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

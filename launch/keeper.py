@@ -9,7 +9,6 @@ import os
 import queue
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -41,25 +40,35 @@ class Survival:
 
 
 class Keeper:
-    """events: gets Fence and Over. address, port: where the coordinator listens. Use it as a context manager."""
+    """events: gets Fence and Over. address, port: where the coordinator listens. host: a name that no other host of the
+    job has. serves: the coordinator runs here; else another host's keeper runs it. Use it as a context manager."""
 
     def __init__(
-        self, survival: Survival, size: int, address: str, port: int, log_dir: Path, events: queue.SimpleQueue
+        self,
+        survival: Survival,
+        size: int,
+        address: str,
+        port: int,
+        log_dir: Path,
+        events: queue.SimpleQueue,
+        secret: str,
+        host: str,
+        serves: bool = True,
     ) -> None:
-        self.address, self.port, self.secret = address, port, secrets.token_hex(32)
-        self.survival = survival
+        self.address, self.port, self.secret = address, port, secret
+        self.survival, self._host = survival, host
         self._log_dir, self._events, self._size = log_dir, events, size
         self._folder = Path(tempfile.mkdtemp(prefix="moe-launch-"))  # for this user only
         self._file = self._folder / "coordinator.json"
         told = {"address": address, "port": port, "secret": self.secret, "silence_s": survival.silence_s}
-        told |= {"on_loss": survival.on_loss, "log_dir": str(log_dir.resolve())}
+        told |= {"on_loss": survival.on_loss, "log_dir": str(log_dir.resolve()), "host": host}
         with os.fdopen(os.open(self._file, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
             json.dump(told, file)
         self._exits: dict[int, Message] = {}  # by process id: said again to a coordinator that has come back
         self._to_send: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._mark = secrets.token_hex(8)
         self._done = threading.Event()
-        self._process = self._start(returning=False)
+        self._process = self._start(returning=False) if serves else None
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
         self._thread.start()
 
@@ -67,10 +76,6 @@ class Keeper:
     def variables(self) -> Mapping[str, str]:
         """What ranks need in their environment."""
         return {environment.SURVIVAL: str(self._file)}
-
-    @property
-    def coordinator_pid(self) -> int:
-        return self._process.pid
 
     def exited(self, rank: int, pid: int, how: str) -> None:
         """A rank's process has ended."""
@@ -88,13 +93,14 @@ class Keeper:
     def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join(5.0)
-        with suppress(OSError):
-            self._process.stdin.close()  # it ends with its stdin
-        try:
-            self._process.wait(2.0)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        if self._process is not None:
+            with suppress(OSError):
+                self._process.stdin.close()  # it ends with its stdin
+            try:
+                self._process.wait(5.0)  # others may not have heard yet that the job is over
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(self, returning: bool) -> subprocess.Popen:
@@ -115,11 +121,11 @@ class Keeper:
         link.reconnect_ivl, link.reconnect_ivl_max = 50, 200
         calls(link, job_keys(bytes.fromhex(self.secret)))
         link.connect(f"tcp://{self.address}:{self.port}")
-        about = {"protocol": PROTOCOL, "host": socket.gethostname(), "mark": self._mark}
+        about = {"protocol": PROTOCOL, "host": self._host, "mark": self._mark}
         beaten, began, quick, over = 0.0, time.monotonic(), 0, False
         while not self._done.is_set():
             now = time.monotonic()
-            if self._process.poll() is not None and not over:
+            if self._process is not None and self._process.poll() is not None and not over:
                 quick = quick + 1 if now - began < _QUICK_S else 0
                 if quick >= _QUICK_ENDS:
                     over = True

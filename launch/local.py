@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 from ..core.errors import ConfigError
 from .output import LineCutter, Sink, failure_text, is_shown
@@ -69,16 +69,20 @@ def run_ranks(
     clean_stdout: bool = False,
     tee: str | None = None,
     keep: Callable[[queue.SimpleQueue], Keeper] | None = None,
+    first: int = 0,
+    events: queue.SimpleQueue | None = None,
 ) -> Ended:
-    """Start all ranks, wait for them, return how the job ended. Call from the main thread.
+    """Start all ranks, wait for them, return how the job ended.
 
     Its code: 0 when every rank ended with 0; the first failing rank's exit code, or 128 + the signal that killed it;
     128 + the signal that the launcher itself got. With `clean_stdout` only the first rank's stdout reaches stdout, byte
     for byte, and everything else goes to stderr. tee: which lines are shown (is_shown). keep: of a job that survives
-    losses: makes its keeper, which is given the events; then the coordinator says when the job is over. Raises
-    ConfigError when a rank or a log cannot be started.
+    losses: makes its keeper, which is given the events; then the coordinator says when the job is over. first: the
+    first rank's number. events: who gives them takes signals himself and puts them there; else this must be the main
+    thread. Raises ConfigError when a rank or a log cannot be started.
     """
-    events: queue.SimpleQueue[Any] = queue.SimpleQueue()  # a rank that ended, a signal's number, or a keeper's word
+    takes_signals = events is None
+    events = events or queue.SimpleQueue()  # gets a rank that ended, a signal's number, or a keeper's word
     console = [Sink(descriptor, lambda error: events.put(signal.SIGPIPE)) for descriptor in (1, 2)]
     running: list[_Running] = []
 
@@ -88,9 +92,13 @@ def run_ranks(
         running.append(_Running(rank, number, log_dir, events, console, clean_stdout, exact, shown))
         watch(running[-1].process.pid)
 
-    with signals_to(events), _guard() as watch, keep(events) if keep else nullcontext() as keeper:
+    with (
+        signals_to(events) if takes_signals else nullcontext(),
+        _guard() as watch,
+        keep(events) if keep else nullcontext() as keeper,
+    ):
         try:
-            for number, rank in enumerate(ranks):
+            for number, rank in enumerate(ranks, first):
                 extra = keeper.variables if keeper else {}
                 start_rank(number, replace(rank, env={**rank.env, **extra}))
             if keeper is None:

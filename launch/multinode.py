@@ -72,11 +72,15 @@ def make_job(
         one_terminal=options.engine in ("ssh", "slurm"),
         tee=options.tee,
         max_restarts=options.max_restarts,
+        on_loss=options.on_loss,
+        silence_s=options.silence,
     )
 
 
 def launch(options: argparse.Namespace, job: Job) -> int:
     """Start the job, or this node's part of it, and wait for its end."""
+    if job.engine == "mpi" and job.on_loss != "fail":
+        raise ConfigError("--on-loss: mpirun ends all ranks when one is lost; use another engine")
     if job.engine == "mpi":
         say("mpirun starts the ranks: no preflight, and no log files but those of its own options")
         mpi.run(job, _engine_args(options))

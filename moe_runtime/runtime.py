@@ -106,6 +106,7 @@ class Runtime:
         self._slowdown = self._emulated_slowdown()
         self._rebalancers: weakref.WeakSet[Rebalancer] = weakref.WeakSet()
         self._join_depth = 0
+        self._num_slots = 0  # of the placement that the latest model was loaded with
         self._early_layers = 0  # of the latest model, whose shared expert is computed while rows travel
         self._dense_layers = 0  # of the latest model, that take the C kernel for a few rows
         self._expert_lines: list[str] = []  # what the latest model's experts are held in
@@ -246,6 +247,7 @@ class Runtime:
             self._dense_layers = dense.use_few_rows_kernel(model)
         self._early_layers = overlap.compute_shared_experts_early(model) if self.size > 1 or self.joins else 0
         self.view = View(self.view.number + 1, self.view.ranks, placement)
+        self._num_slots = placement.num_slots
         if self.config.rebalance == "auto" and (self.size > 1 or self.joins):
             dispatch = "split" if self.config.replica_choice == "balanced" else "static"
             self.rebalance_by(model, Pays(dispatch=dispatch), self.config.rebalance_every)
@@ -485,7 +487,9 @@ class Runtime:
         """Begin to move experts to ranks that hold none, and off those in `closed` (of the view); nothing where all is
         well or a move is under way. Every rank calls alike, between the same passes. See `rebalance`."""
         rebalancer = self._rebalancer(model)
-        wanted = None if rebalancer.migration else spread(rebalancer.placement, self.rank_speeds, closed)
+        wanted = None
+        if rebalancer.migration is None:
+            wanted = spread(rebalancer.placement, self.rank_speeds, closed, self._num_slots)
         if wanted is not None:
             rebalancer.begin(wanted)
 
@@ -513,17 +517,20 @@ class Runtime:
         held = Held.of(before, old_rank, self._room(model))
         form = states[0].expert_dtypes[old_rank] if states[0].expert_dtypes else ""
         said = all_gather_message(
-            transport, [held.as_message(), max(s.passes for s in states), source is not None, form], "new view"
+            transport,
+            [held.as_message(), max(s.passes for s in states), source is not None, form, self._num_slots],
+            "new view",
         )
         for state in states:
             state.fold_tokens(old_rank)
         load = np.stack([state.earlier_tokens for state in states])
         all_loads = torch.from_numpy(load)
         transport.all_reduce(all_loads, "new view (load)")
-        theirs = [Held(*one) for one, _, _, _ in said]
+        self._num_slots = max(slots for *_, slots in said)
+        theirs = [Held(*one) for one, *_ in said]
         found = placement_of(theirs, before.num_experts)
         room = [one.room for one in theirs]
-        reads = all(can for _, _, can, _ in said)
+        reads = all(can for _, _, can, _, _ in said)
         placement, told = after_loss(found, self.on_loss, self.rank_speeds, room, all_loads.numpy(), reads)
         if placement is not found:
             read = refit(model, theirs[self.rank].experts, placement, self.rank, source)
@@ -531,7 +538,7 @@ class Runtime:
         if told:
             self._survival.notes.append(told)
             self._notes.append(f"view {notice.number}: {told}")
-        digest, passes = placement.digest(), max(passes for _, passes, _, _ in said)
+        digest, passes = placement.digest(), max(passes for _, passes, *_ in said)
         slots = placement.rank_slots(self.rank)
         for layer, state in zip(layers, states, strict=True):
             old = state.dispatcher
@@ -539,7 +546,7 @@ class Runtime:
             state.chooser, state.placement = self._chooser(placement, state.index), placement
             state.tokens_per_slot = np.zeros(slots.stop - slots.start, dtype=np.int64)
             state.renormalise, state.passes = self.on_loss == "renormalise", passes
-            state.expert_dtypes = tuple(form for _, _, _, form in said) if form else ()
+            state.expert_dtypes = tuple(form for *_, form, _ in said) if form else ()
             layer.num_experts = slots.stop - slots.start
         rebalancer = getattr(model, "moe_runtime_rebalancer", None)
         if rebalancer is not None:

@@ -43,6 +43,7 @@ class Settings:
     silence_s: float
     on_loss: str
     log_dir: str
+    host: str
 
     @staticmethod
     def read(path: Path) -> Settings:
@@ -63,7 +64,12 @@ class Survival:
         self.settings, self.number, self._kind, self._about = settings, number, kind, about
         self.timeout_s = timeout_s
         self.member = Member(
-            settings.address, settings.port, job_keys(bytes.fromhex(settings.secret)), number, settings.silence_s
+            settings.address,
+            settings.port,
+            job_keys(bytes.fromhex(settings.secret)),
+            number,
+            settings.silence_s,
+            settings.host,
         )
         self.entered = 0  # the latest view that this rank has begun to build
         self.notes: list[str] = []

@@ -79,22 +79,46 @@ def after_loss(
     return grown, f"{lost} lost experts are read from the checkpoint again"
 
 
-def spread(placement: Placement, speeds: Sequence[float], closed: Sequence[int] = ()) -> Placement | None:
+def spread(
+    placement: Placement, speeds: Sequence[float], closed: Sequence[int] = (), num_slots: int = 0
+) -> Placement | None:
     """The placement to move to when a rank holds no slot yet, or is to be emptied (`closed`); None where all is well.
 
-    Slots go by speed. A rank that has too many gives up replicas first; what stays does not move.
+    num_slots: in all, where that is more than there are: replicas that were lost with a rank are made again. Slots go
+    by speed. A rank that has too many gives up replicas first; what stays does not move.
     """
     held = np.bincount(placement.slot_rank, minlength=placement.num_ranks)
     is_open = np.array([rank not in closed for rank in range(placement.num_ranks)])
     if placement.absent is not None or not is_open.any() or not ((held == 0) & is_open | (held > 0) & ~is_open).any():
         return None
     most = placement.num_experts  # no rank holds an expert twice
-    total = min(placement.num_slots, most * int(is_open.sum()))
+    total = min(max(placement.num_slots, num_slots), most * int(is_open.sum()))
     wanted = np.where(is_open, np.minimum(_shares_of(total, np.where(is_open, speeds, 0.0)), most), 0)
     wanted[np.flatnonzero(is_open)[0]] += max(0, placement.num_experts - int(wanted.sum()))
     left = _trim(placement, np.minimum(held, wanted))
     room = [int(wanted[rank] - min(held[rank], wanted[rank])) for rank in range(placement.num_ranks)]
-    return grow(left, list(speeds), room)
+    grown = grow(left, list(speeds), room)
+    return _replicate(grown, wanted - np.bincount(grown.slot_rank, minlength=grown.num_ranks))
+
+
+def _replicate(placement: Placement, extra: np.ndarray) -> Placement:
+    """So many slots more for each rank [R]: replicas of what has fewest, tokens divided equally."""
+    if not extra.any():
+        return placement
+    layers = range(placement.num_layers)
+    held = [[set(placement.rank_experts(layer, rank)) for layer in layers] for rank in range(placement.num_ranks)]
+    copies = [np.bincount(row, minlength=placement.num_experts) for row in placement.slot_expert]
+    for rank, count in enumerate(extra.tolist()):
+        for layer in layers:
+            for _ in range(count):
+                expert = min(
+                    (e for e in range(placement.num_experts) if e not in held[rank][layer]),
+                    key=lambda e: (copies[layer][e], e),
+                )
+                held[rank][layer].add(expert)
+                copies[layer][expert] += 1
+    experts = [[sorted(mine) for mine in of_rank] for of_rank in held]
+    return placement_of([Held(mine, [[0.0] * len(row) for row in mine]) for mine in experts], placement.num_experts)
 
 
 def _shares_of(total: int, weights: np.ndarray) -> np.ndarray:

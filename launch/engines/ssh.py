@@ -65,6 +65,10 @@ def _wait(job: Job, children: list[subprocess.Popen], events: queue.SimpleQueue[
             say(f"got {signal.Signals(number).name}; stopping the job (at most {job.shutdown_timeout:g} s)")
             return 128 + number
         codes = [child.poll() for child in children]
+        if job.on_loss != "fail":  # hosts may be lost; node 0 knows how the job goes
+            if codes[0] is not None:
+                return codes[0]
+            continue
         if _SSH_FAILED in codes:
             node = job.nodes[codes.index(_SSH_FAILED)]
             say(

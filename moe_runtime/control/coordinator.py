@@ -20,6 +20,7 @@ from .words import Message, problem_with
 
 Out = list[tuple[bytes, Message]]
 
+HOST_S = 1.0  # for who starts ranks on a host, who speaks ten times a second, to be taken for out of reach
 FENCE_S = 1.0  # for who started a rank to say that it has ended, once asked to kill it
 SUSPECT_S = 0.3  # from a report of a lost rank to believing it: an exit, or its own report, is often just behind
 STACKS_S = 1.0  # for stacks of all ranks to come in, before one is killed
@@ -188,7 +189,9 @@ class Coordinator:
         out += self._weigh_silence(members, now)
         out += self._weigh_reports(members, now)
         for number, (since, why) in list(self._fencing.items()):
-            if now - since > FENCE_S:  # its host does not answer either; the rank has stopped by itself by now
+            heard = self._hosts.get(self.ranks[number].host, (b"", 0.0))[1]
+            # Where its host does not answer either, the rank has stopped by itself by now.
+            if now - since > (FENCE_S if now - heard < HOST_S else 0.0):
                 del self._fencing[number]
                 self._gone(self.ranks[number], why, now)
         out += self._fences()

@@ -7,7 +7,6 @@ from __future__ import annotations
 import os
 import queue
 import secrets
-import socket
 import sys
 import threading
 import time
@@ -42,8 +41,8 @@ class Member:
     a boundary.
     """
 
-    def __init__(self, address: str, port: int, keys: JobKeys, number: int, silence_s: float) -> None:
-        self.number, self.silence_s = number, silence_s
+    def __init__(self, address: str, port: int, keys: JobKeys, number: int, silence_s: float, host: str) -> None:
+        self.number, self.silence_s, self._host = number, silence_s, host
         self.where = f"{address}:{port}"
         self.state: dict[str, Any] = {"phase": "starting"}
         self.metrics: dict[str, Any] = {}
@@ -217,7 +216,7 @@ class Member:
     def _hello(self) -> None:
         newest = self._newest
         number, members = (newest.number, list(newest.members)) if newest else (0, [])
-        about = {"host": socket.gethostname(), "pid": os.getpid(), "settled": self.settled_in == number > 0}
+        about = {"host": self._host, "pid": os.getpid(), "settled": self.settled_in == number > 0}
         self._send({"kind": "hello", "view": number, "members": members, **about})
 
     def _send(self, message: Message) -> None:

@@ -1,0 +1,450 @@
+"""Faults on purpose: `python tests/campaign.py --faults 300 --seed 1`, or `--minutes 30` for a soak.
+
+Real jobs generate with ranks that are killed, stopped, hung or cut off, at random moments by seed. After every job: each
+request was answered once and in order, with the text of one undisturbed process; nothing hung; no process, no file in
+/dev/shm and no listening port is left. Prints each fault, then a table of outages: from the fault to the first token
+that any other rank completes after the interruption.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+TESTS = Path(__file__).resolve().parent
+MOE_LAUNCH = [sys.executable, "-m", "moe_runtime.launch.cli"]
+SETTLES_S = 60.0  # for all ranks to work again after a fault, the time to start a rank included
+POINTS = ("dispatch", "experts", "combine")
+
+
+@dataclass
+class Fault:
+    """kind: for the table. ranks: that it strikes. outage_s: None where nothing can be measured (no interruption)."""
+
+    kind: str
+    ranks: tuple[int, ...]
+    at: float = 0.0
+    outage_s: float | None = None
+
+
+@dataclass
+class Files:
+    """What all jobs have in common: a small DeepSeek-V3, prompts with their texts from one process, a plan of replicas."""
+
+    folder: Path
+    prompts: list[str] = field(default_factory=list)
+    texts: dict[str, str] = field(default_factory=dict)
+    max_new: int = 200
+
+    def make(self) -> None:
+        sys.path.insert(0, str(TESTS))
+        from families import reference_model
+
+        from moe_runtime.experts import placement
+
+        reference_model("deepseek_v3", num_hidden_layers=4, vocab_size=512, max_position_embeddings=2048).save_pretrained(
+            self.folder / "model"
+        )
+        self.prompts = [f"prompt number {n} " + "x" * (n % 7) for n in range(24)]
+        self.write_input(self.folder / "reference.jsonl", len(self.prompts))
+        out = self.folder / "texts.jsonl"
+        words = [*MOE_LAUNCH, "generate", *self.options(self.folder / "reference.jsonl", out), "--log-dir"]
+        subprocess.run([*words, self.folder / "reference"], check=True, capture_output=True, env=environment({}))
+        self.texts = {record["prompt"]: record["text"] for record in map(json.loads, out.read_text().splitlines())}
+        for ranks in (3, 4):
+            made = placement.plan(np.ones((3, 16)), [placement.Rank(1.0, slots=-(-32 // ranks))] * ranks)
+            placement.save_plan(made, self.folder / f"replicas-{ranks}.json")
+
+    def write_input(self, path: Path, count: int) -> None:
+        lines = (json.dumps({"prompt": self.prompts[n % len(self.prompts)]}) for n in range(count))
+        path.write_text("".join(f"{line}\n" for line in lines))
+
+    def options(self, prompts: Path, out: Path) -> list[str]:
+        words = ["--model", self.folder / "model", "--tokenizer", "bytes", "--input", prompts, "--output", out]
+        return [*map(str, words), "--max-new-tokens", str(self.max_new), "--batch-size", "4"]
+
+
+def environment(extra: dict[str, str]) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS), **extra}
+
+
+class Job:
+    """One running job, and what can be done to it."""
+
+    def __init__(self, files: Files, ranks: int, on_loss: str, requests: int, *more: str, restarts: int = 0) -> None:
+        self.files, self.size, self.requests = files, ranks, requests
+        self.folder = Path(tempfile.mkdtemp(dir=files.folder, prefix="job-"))
+        self.logs, self.out, self.mark = self.folder / "logs", self.folder / "out.jsonl", f"campaign {self.folder.name}"
+        files.write_input(self.folder / "in.jsonl", requests)
+        self.before = set(os.listdir("/dev/shm"))
+        placed = ["--placement", str(files.folder / f"replicas-{ranks}.json")] if on_loss == "replica" else []
+        launch = ["--nproc-per-node", str(ranks), "--on-loss", on_loss, "--max-restarts", str(restarts)]
+        job = [*files.options(self.folder / "in.jsonl", self.out), *placed, "--timeout-s", "5", *more]
+        self.log = (self.folder / "log.txt").open("w")
+        words = [*MOE_LAUNCH, "run", *launch, "--log-dir", self.logs, TESTS / "faulty.py", *job]
+        self.process = subprocess.Popen(
+            [*map(str, words)],
+            stdout=self.log,
+            stderr=self.log,
+            env=environment({"FAULTS": str(self.folder), "CAMPAIGN": self.mark}),
+            start_new_session=True,
+        )
+        self.faults: list[Fault] = []
+
+    def events(self) -> list[dict[str, Any]]:
+        try:
+            lines = (self.logs / "events.jsonl").read_text().splitlines()
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    def settled(self) -> tuple[int, list[int]]:
+        """(number, members) of the newest view if all its ranks work in it, else (0, [])."""
+        number, members = 0, []
+        for event in self.events():
+            if event["event"] == "view":
+                number, members, works = event["number"], event["members"], False
+            elif event["event"] == "settled" and event["view"] == number:
+                works = True
+        return (number, members) if number and works else (0, [])
+
+    def wait_settled(self, above: int, size: int | None = None) -> tuple[int, list[int]]:
+        ends = time.monotonic() + SETTLES_S
+        while time.monotonic() < ends:
+            number, members = self.settled()
+            if number > above and (size is None or len(members) == size):
+                return number, members
+            if self.process.poll() is not None:
+                raise AssertionError(f"the job has ended ({self.process.returncode}): {self.tail()}")
+            time.sleep(0.02)
+        raise AssertionError(f"no view above {above} of {size} ranks within {SETTLES_S:g} s: {self.tail()}")
+
+    def pids(self) -> dict[int, int]:
+        """The process of each rank that lives."""
+        found = {}
+        for pid in marked(self.mark):
+            with contextlib.suppress(OSError):
+                variables = dict(
+                    word.split(b"=", 1) for word in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") if b"=" in word
+                )
+                if b"RANK" in variables and b"faulty.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    found[int(variables[b"RANK"])] = pid
+        return found
+
+    def coordinator(self) -> int:
+        return next(
+            pid
+            for pid in marked(self.mark)
+            if b"moe_runtime.control.server" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        )
+
+    def arm(self, rank: int, point: str, what: str) -> None:
+        new = self.folder / f"{rank}.new"
+        new.write_text(f"{point} {what}")
+        (self.folder / f"{rank}.at").unlink(missing_ok=True)
+        os.replace(new, self.folder / str(rank))
+
+    def fired(self, rank: int, seconds: float = SETTLES_S) -> float:
+        """When an armed fault struck."""
+        ends = time.monotonic() + seconds
+        while time.monotonic() < ends:
+            with contextlib.suppress(OSError, ValueError):
+                return float((self.folder / f"{rank}.at").read_text())
+            time.sleep(0.005)
+        raise AssertionError(f"rank {rank} did not come to the point of its fault: {self.tail()}")
+
+    def outage(self, fault: Fault) -> float | None:
+        """From the fault to the first pass that a rank completes after the gap it made; of the ranks that it spared."""
+        ends = []
+        for path in self.folder.glob("*.passes"):
+            if int(path.name.split(".")[0]) in fault.ranks:
+                continue
+            times = np.frombuffer(path.read_bytes()[: path.stat().st_size // 8 * 8], dtype=np.float64)
+            times = times[(times > fault.at - 0.2) & (times < fault.at + 30)]
+            later = times[times > fault.at]
+            if len(times) > 1 and len(later):
+                gaps = np.diff(np.concatenate([[fault.at], later]))
+                ends.append(later[int(np.argmax(gaps[: np.searchsorted(later, fault.at + 15) or 1]))] - fault.at)
+        return min(ends) if ends else None
+
+    def tail(self) -> str:
+        return "\n" + "\n".join((self.folder / "log.txt").read_text().splitlines()[-25:])
+
+    def end(self, timeout: float = 240.0) -> None:
+        """Wait for its end; everything that must hold then. Raises AssertionError."""
+        try:
+            code = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGTERM)
+            raise AssertionError(f"the job hangs: {self.tail()}") from None
+        assert code == 0, f"the job ended with {code}: {self.tail()}"
+        records = [json.loads(line) for line in self.out.read_text().splitlines()]
+        assert [record["line"] for record in records] == list(range(1, self.requests + 1)), "not each answered once"
+        for record in records:
+            assert record["text"] == self.files.texts[record["prompt"]], f"line {record['line']}: another text"
+        ends = time.monotonic() + 5
+        while (left := marked(self.mark)) and time.monotonic() < ends:
+            time.sleep(0.05)
+        assert not left, f"processes {left} are left"
+        assert set(os.listdir("/dev/shm")) <= self.before, "something is left in /dev/shm"
+        for fault in self.faults:
+            fault.outage_s = self.outage(fault) if fault.outage_s is None else fault.outage_s
+        shutil.rmtree(self.folder)
+
+
+def marked(mark: str) -> list[int]:
+    """Processes that have inherited CAMPAIGN=mark."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdecimal():
+            with contextlib.suppress(OSError):
+                if f"CAMPAIGN={mark}".encode() in Path(f"/proc/{entry}/environ").read_bytes().split(b"\0"):
+                    found.append(int(entry))
+    return found
+
+
+def strike(job: Job, kind: str, ranks: tuple[int, ...], chance: random.Random) -> Fault:
+    """Do it; returns when it has struck."""
+    fault = Fault(kind, ranks)
+    where, _, what = kind.partition(": ")
+    if where in POINTS:
+        for rank in ranks:
+            job.arm(rank, where, what)
+        fault.at = min(job.fired(rank) for rank in ranks)
+    elif where == "coordinator":
+        pid = job.coordinator()
+        fault.at = time.monotonic()
+        os.kill(pid, signal.SIGKILL)
+        for rank in ranks:
+            os.kill(job.pids()[rank], signal.SIGKILL)
+    else:
+        pids = [job.pids()[rank] for rank in ranks]
+        number = signal.SIGSTOP if "stop" in kind else signal.SIGKILL
+        fault.at = time.monotonic()
+        for pid in pids:
+            os.kill(pid, number)
+    job.faults.append(fault)
+    return fault
+
+
+# (kind, how many ranks it strikes, how often it is drawn)
+KINDS = [
+    ("any moment: kill", 1, 5),
+    ("any moment: stop", 1, 2),
+    *[(f"{point}: {what}", 1, often) for point in POINTS for what, often in (("kill", 3), ("stop", 1), ("hang", 1))],
+    ("any moment: kill two at once", 2, 2),
+    ("any moment: stop two at once", 2, 1),
+    ("coordinator: kill", 0, 2),
+    ("coordinator: kill, and a rank", 1, 2),
+]
+
+
+def draw(chance: random.Random, members: list[int], least: int) -> tuple[str, tuple[int, ...]]:
+    """A kind of fault, and whom it strikes, so that `least` ranks are left."""
+    kinds = [(kind, count, often) for kind, count, often in KINDS if len(members) - count >= least]
+    kind, count, _ = chance.choices(kinds, [often for *_, often in kinds])[0]
+    return kind, tuple(sorted(chance.sample(members, count)))
+
+
+def one_life(files: Files, chance: random.Random, ranks: int, on_loss: str, transport: str) -> list[Fault]:
+    """A job without restarts: faults until one rank is left, or as many as replicas allow."""
+    job = Job(files, ranks, on_loss, 24, "--runtime", f"transport={transport}")
+    number, members = job.wait_settled(0)
+    while len(members) > (ranks - 1 if on_loss == "replica" else 1) and len(job.faults) < 4:
+        time.sleep(chance.uniform(0.05, 0.6))
+        kind, struck = draw(chance, members, ranks - 1 if on_loss == "replica" else 1)
+        strike(job, kind, struck, chance)
+        if struck:
+            number, members = job.wait_settled(number, len(members) - len(struck))
+    job.end()
+    return job.faults
+
+
+def long_life(
+    files: Files, chance: random.Random, ranks: int, on_loss: str, faults: int, seconds: float, watch: Watch | None = None
+) -> list[Fault]:
+    """A job whose lost ranks are started again, and struck while they join and while experts move to them."""
+    job = Job(files, ranks, on_loss, int(25 * min(faults, seconds / 6)), restarts=100000)
+    number, members = job.wait_settled(0)
+    ends = time.monotonic() + seconds
+    while len(job.faults) < faults and time.monotonic() < ends:
+        time.sleep(chance.uniform(0.1, 1.0))
+        if watch:
+            watch.look(job)
+        if job.process.poll() is not None:
+            break
+        keep = [rank for rank in members if rank != 0 or watch is None]  # a soak looks at one process all the time
+        kind, struck = draw(chance, keep, len(keep) - 1 if on_loss == "replica" else len(keep) - 2)
+        nested = chance.random()
+        if struck and nested < 0.15:
+            job.arm(struck[0], "rejoin", "kill")  # the process that takes its place
+        elif struck and nested < 0.3 and on_loss != "replica":
+            others = [rank for rank in keep if rank not in struck]
+            if others:
+                job.arm(others[0], "rebalance", "kill")
+        strike(job, kind, struck, chance)
+        if not struck:
+            continue
+        if nested < 0.15 and len(struck) == 1:
+            job.faults.append(Fault("rejoin: kill", struck, job.fired(struck[0])))
+        elif nested < 0.3 and on_loss != "replica" and others:
+            job.faults.append(Fault("rebalance: kill", (others[0],), job.fired(others[0])))
+        number, members = job.wait_settled(number, ranks)
+        moved(job, number)
+    job.end(600.0)
+    return job.faults
+
+
+def moved(job: Job, number: int) -> None:
+    """Until the ranks that came hold experts."""
+    ends = time.monotonic() + 10
+    while time.monotonic() < ends and job.process.poll() is None:
+        events = job.events()
+        last = max(at for at, event in enumerate(events) if event["event"] == "view")
+        if any(event["event"] == "note" and "moved" in event["note"] for event in events[last:]):
+            return
+        time.sleep(0.05)
+
+
+@dataclass
+class Watch:
+    """Memory, descriptors and threads over time of what lives all along: rank 0, the coordinator, the launcher."""
+
+    rows: dict[str, list[tuple[float, int, int, int]]] = field(default_factory=lambda: defaultdict(list))
+    began: float = field(default_factory=time.monotonic)
+
+    def look(self, job: Job) -> None:
+        with contextlib.suppress(OSError, KeyError, StopIteration):
+            named = {"rank 0": job.pids()[0], "coordinator": job.coordinator(), "launcher": job.process.pid}
+            for name, pid in named.items():
+                status = dict(
+                    line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line
+                )
+                row = int(status["VmRSS"].split()[0]), len(os.listdir(f"/proc/{pid}/fd")), int(status["Threads"])
+                self.rows[f"{name} ({pid})"].append((time.monotonic() - self.began, *row))
+
+    def lines(self) -> Iterator[str]:
+        """First third against last third of what lived longest of each."""
+        yield "what lives all along        minutes   MiB at first   MiB at last   descriptors   threads"
+        for name, rows in self.rows.items():
+            minutes = (rows[-1][0] - rows[0][0]) / 60
+            if len(rows) < 6 or minutes < 1:
+                continue
+            third = len(rows) // 3
+            first, last = (
+                [statistics.median(column) for column in list(zip(*part, strict=True))[1:]]
+                for part in (rows[:third], rows[-third:])
+            )
+            yield (
+                f"{name:26s} {minutes:8.1f} {first[0] / 1024:14.1f} {last[0] / 1024:13.1f}   "
+                f"{first[1]:4.0f} to {last[1]:4.0f} {first[2]:4.0f} to {last[2]:2.0f}"
+            )
+
+
+def cut(files: Files, chance: random.Random, hosts: int, each: int) -> list[Fault]:
+    """Hosts made of network namespaces, one of which loses its cable; the part with the coordinator goes on."""
+    from hosts import Hosts
+
+    folder = Path(tempfile.mkdtemp(dir=files.folder, prefix="hosts-"))
+    with Hosts(folder, hosts) as made:
+        nodes = [f'[[node]]\nname = "n{n}"\nhost = "{a}"\nvendor = "cpu"\ndevices = {each}\n' for n, a in enumerate(made.addresses)]
+        (folder / "cluster.toml").write_text("\n".join(nodes))
+        files.write_input(folder / "in.jsonl", 40)
+        job = Job.__new__(Job)
+        job.files, job.size, job.requests, job.faults = files, hosts * each, 40, []
+        job.folder, job.logs, job.out, job.mark = folder, folder / "logs", folder / "out.jsonl", f"campaign {folder.name}"
+        job.before = set(os.listdir("/dev/shm"))
+        words = [*MOE_LAUNCH, "run", "--cluster", folder / "cluster.toml", "--engine", "ssh", made.ssh_args, "--on-loss",
+                 "reload", "--threads-per-rank", "1", "--log-dir", job.logs, TESTS / "faulty.py",
+                 *files.options(folder / "in.jsonl", job.out)]  # fmt: skip
+        settings = f'\nenv = {{ FAULTS = "{folder}", CAMPAIGN = "{job.mark}", PYTHONPATH = "{TESTS}" }}\n'
+        (folder / "cluster.toml").write_text("\n".join(node + settings for node in nodes))
+        job.log = (folder / "log.txt").open("w")
+        job.process = subprocess.Popen(
+            made.on(0, *words), stdout=job.log, stderr=job.log, start_new_session=True,
+            env=environment({"CAMPAIGN": job.mark}),
+        )  # fmt: skip
+        number, members = job.wait_settled(0)
+        time.sleep(chance.uniform(0.1, 0.6))
+        lost = chance.randrange(1, hosts)
+        fault = Fault(f"network cut ({hosts} hosts of {each})", tuple(range(lost * each, lost * each + each)))
+        with made.unplugged(lost):
+            fault.at = time.monotonic()
+            job.faults.append(fault)
+            job.wait_settled(number, len(members) - each)
+            job.end()
+        return job.faults
+
+
+def table(faults: list[Fault]) -> Iterator[str]:
+    yield "fault                                   count   outage: median    worst"
+    kinds = defaultdict(list)
+    for fault in faults:
+        kinds[fault.kind].append(fault.outage_s)
+    for kind, all_outages in sorted(kinds.items()):
+        outages = [outage for outage in all_outages if outage is not None]
+        told = f"{statistics.median(outages):12.2f} s {max(outages):7.2f} s" if outages else "  no interruption"
+        yield f"{kind:40s} {len(all_outages):4d} {told}"
+    outages = [f.outage_s for f in faults if f.outage_s is not None]
+    yield f"all {len(faults)} faults: median {statistics.median(outages):.2f} s, worst {max(outages):.2f} s"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", type=int, default=20, help="how many, about (default: 20)")
+    parser.add_argument("--minutes", type=float, default=0.0, help="a soak of so long, of a job whose ranks come back")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=("short", "long", "cut", "all"), default="all", help="kinds of jobs")
+    options = parser.parse_args()
+    chance, done = random.Random(options.seed), list[Fault]()
+    with tempfile.TemporaryDirectory(prefix="campaign-") as folder:
+        files = Files(Path(folder))
+        files.make()
+        if options.minutes:
+            watch = Watch()
+            done = long_life(files, chance, 3, "reload", 1 << 30, options.minutes * 60, watch)
+            print(*watch.lines(), *table(done), sep="\n")
+            return 0
+        jobs = 0
+        while len(done) < options.faults:
+            kind = options.only if options.only != "all" else chance.choices(("short", "long", "cut"), (5, 2, 1))[0]
+            ranks, on_loss = chance.choice((3, 4)), chance.choice(("reload", "reload", "replica"))
+            transport = chance.choice(("auto", "auto", "zeromq"))
+            began = time.monotonic()
+            if kind == "short":
+                made, told = one_life(files, chance, ranks, on_loss, transport), f"{ranks} ranks, {on_loss}, {transport}"
+            elif kind == "long":
+                left = min(8, options.faults - len(done))
+                made, told = long_life(files, chance, ranks, on_loss, left, 600), f"{ranks} ranks, {on_loss}, coming back"
+            else:
+                hosts, each = chance.choice(((3, 1), (2, 2), (2, 1)))
+                made, told = cut(files, chance, hosts, each), f"{hosts} hosts of {each} ranks"
+            jobs, done = jobs + 1, [*done, *made]
+            for fault in made:
+                outage = "no interruption" if fault.outage_s is None else f"{fault.outage_s:.2f} s"
+                print(f"job {jobs} ({told}): {fault.kind}, ranks {list(fault.ranks)}: {outage}", flush=True)
+            print(f"job {jobs}: right, after {time.monotonic() - began:.0f} s", flush=True)
+    print(*table(done), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
