@@ -83,7 +83,7 @@ def a_loop_that_does_not_end(seconds: float) -> None:
 def be_a_rank(port: int, how: str, told_by: str, silence_s: float) -> tuple[int, ...]:
     """Join, then wait for the stuck rank in vain, or be it; the members of the view after that."""
     number = int(os.environ["RANK"])
-    member = Member("127.0.0.1", port, job_keys(bytes.fromhex(SECRET)), number, silence_s)
+    member = Member("127.0.0.1", port, job_keys(bytes.fromhex(SECRET)), number, silence_s, socket.gethostname())
     first = member.await_view(0, 20.0)
     member.settled(first.number)
     if number == STUCK:

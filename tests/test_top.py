@@ -107,7 +107,7 @@ def job(tmp_path, monkeypatch):
     port, folder = free_port(), tmp_path / "logs"
     folder.mkdir()
     server = start_coordinator(folder, port, silence_s=20.0, size=2, metrics_port=(metrics_port := free_port()))
-    members = [Member("127.0.0.1", port, job_keys(bytes.fromhex(SECRET)), number, 20.0) for number in range(2)]
+    members = [Member("127.0.0.1", port, job_keys(bytes.fromhex(SECRET)), number, 20.0, "vm") for number in range(2)]
     over = threading.Event()
 
     def work() -> None:
