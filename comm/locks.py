@@ -212,13 +212,14 @@ class Doorkeeper:
 
     def close(self) -> None:
         """In the thread that owns the watched sockets."""
-        if not self._thread.is_alive():
+        if self._bell.closed:
             return
         for socket in self._watched:
             if not socket.closed:
                 socket.disable_monitor()
-        self._bell.send(b"end")
-        self._thread.join()
+        if self._thread.is_alive():
+            self._bell.send(b"end")
+            self._thread.join()
         self._bell.close()
 
     def _keep(self, questions: zmq.Socket, bell: zmq.Socket) -> None:
@@ -227,20 +228,22 @@ class Doorkeeper:
         for socket in (questions, bell):
             poller.register(socket, zmq.POLLIN)
         over = False
-        while not over:
-            for socket, _ in poller.poll():
-                if socket is questions:
-                    self._answer(questions)
-                elif socket is bell:
-                    over = bell.recv() == b"end"
-                    while not self._new.empty():
-                        monitor, tally = self._new.get()
-                        monitors[monitor] = tally
-                        poller.register(monitor, zmq.POLLIN)
-                else:
-                    _read(socket, monitors[socket])
-        for socket in (questions, bell, *monitors):
-            socket.close(linger=0)
+        try:
+            while not over:
+                for socket, _ in poller.poll():
+                    if socket is questions:
+                        self._answer(questions)
+                    elif socket is bell:
+                        over = bell.recv() == b"end"
+                        while not self._new.empty():
+                            monitor, tally = self._new.get()
+                            monitors[monitor] = tally
+                            poller.register(monitor, zmq.POLLIN)
+                    else:
+                        _read(socket, monitors[socket])
+        finally:  # a context with an open socket could not end
+            for socket in (questions, bell, *monitors):
+                socket.close(linger=0)
 
     def _answer(self, questions: zmq.Socket) -> None:
         version, request, domain, _address, _identity, mechanism, *credentials = questions.recv_multipart()

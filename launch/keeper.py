@@ -83,6 +83,10 @@ class Keeper:
         self._exits[pid] = message
         self._to_send.put(message)
 
+    def started(self, rank: int) -> None:
+        """Another process has taken a rank's place: a coordinator that comes back must not take it for the old one."""
+        self._exits = {pid: message for pid, message in self._exits.items() if message["rank"] != rank}
+
     def stop(self, why: str) -> None:
         """Have the job end."""
         self._to_send.put({"kind": "stop", "why": why})

@@ -240,6 +240,7 @@ def _keep(
                     restarts -= 1
                     say(f"starting {event.label} again ({restarts} restarts left)")
                     start_rank(event.number, event.rank)
+                    keeper.started(event.number)
         if all(one.code != -1 for one in running):
             failed = [one for one in running if one.code != 0]
             if over is None and failed and len(failed) == len(running):

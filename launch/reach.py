@@ -11,6 +11,7 @@ import socket
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 PATIENCE_S = 5.0  # of one attempt
@@ -35,7 +36,9 @@ class Door:
             return
 
     def close(self) -> None:
-        with socket.socket() as last:  # accept() would go on waiting
+        with suppress(OSError):  # Linux: it listens no more, and accept() returns; elsewhere this may be refused
+            self._socket.shutdown(socket.SHUT_RDWR)
+        with socket.socket() as last:  # there accept() would go on waiting
             last.settimeout(0.2)
             last.connect_ex(self._socket.getsockname())
         self._socket.close()

@@ -1,8 +1,8 @@
 """Faults on purpose: `python tests/campaign.py --faults 300 --seed 1`, or `--minutes 30` for a soak.
 
-Real jobs generate with ranks that are killed, stopped, hung or cut off, at random moments by seed. After every job: each
-request was answered once and in order, with the text of one undisturbed process; nothing hung; no process, no file in
-/dev/shm and no listening port is left. Prints each fault, then a table of outages: from the fault to the first token
+Real jobs generate with ranks that are killed, stopped, hung or cut off, at random moments by seed. After every job:
+each request was answered once and in order, with the text of one undisturbed process; nothing hung; no process and no file
+in /dev/shm is left. Prints each fault, then a table of outages: from the fault to the first token
 that any other rank completes after the interruption.
 """
 
@@ -16,7 +16,6 @@ import random
 import shutil
 import signal
 import statistics
-import struct
 import subprocess
 import sys
 import tempfile
@@ -47,7 +46,7 @@ class Fault:
 
 @dataclass
 class Files:
-    """What all jobs have in common: a small DeepSeek-V3, prompts with their texts from one process, a plan of replicas."""
+    """What all jobs share: a small DeepSeek-V3, prompts with their texts from one process, plans of replicas."""
 
     folder: Path
     prompts: list[str] = field(default_factory=list)
@@ -60,9 +59,8 @@ class Files:
 
         from moe_runtime.experts import placement
 
-        reference_model("deepseek_v3", num_hidden_layers=4, vocab_size=512, max_position_embeddings=2048).save_pretrained(
-            self.folder / "model"
-        )
+        sizes = {"num_hidden_layers": 4, "vocab_size": 512, "max_position_embeddings": 2048}
+        reference_model("deepseek_v3", **sizes).save_pretrained(self.folder / "model")
         self.prompts = [f"prompt number {n} " + "x" * (n % 7) for n in range(24)]
         self.write_input(self.folder / "reference.jsonl", len(self.prompts))
         out = self.folder / "texts.jsonl"
@@ -142,9 +140,8 @@ class Job:
         found = {}
         for pid in marked(self.mark):
             with contextlib.suppress(OSError):
-                variables = dict(
-                    word.split(b"=", 1) for word in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") if b"=" in word
-                )
+                words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                variables = dict(word.split(b"=", 1) for word in words if b"=" in word)
                 if b"RANK" in variables and b"faulty.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
                     found[int(variables[b"RANK"])] = pid
         return found
@@ -279,10 +276,16 @@ def one_life(files: Files, chance: random.Random, ranks: int, on_loss: str, tran
 
 
 def long_life(
-    files: Files, chance: random.Random, ranks: int, on_loss: str, faults: int, seconds: float, watch: Watch | None = None
+    files: Files,
+    chance: random.Random,
+    ranks: int,
+    on_loss: str,
+    faults: int,
+    seconds: float,
+    watch: Watch | None = None,
 ) -> list[Fault]:
     """A job whose lost ranks are started again, and struck while they join and while experts move to them."""
-    job = Job(files, ranks, on_loss, int(25 * min(faults, seconds / 6)), restarts=100000)
+    job = Job(files, ranks, on_loss, int(10 * min(faults, seconds / 6)), restarts=100000)
     number, members = job.wait_settled(0)
     ends = time.monotonic() + seconds
     while len(job.faults) < faults and time.monotonic() < ends:
@@ -365,15 +368,18 @@ def cut(files: Files, chance: random.Random, hosts: int, each: int) -> list[Faul
 
     folder = Path(tempfile.mkdtemp(dir=files.folder, prefix="hosts-"))
     with Hosts(folder, hosts) as made:
-        nodes = [f'[[node]]\nname = "n{n}"\nhost = "{a}"\nvendor = "cpu"\ndevices = {each}\n' for n, a in enumerate(made.addresses)]
-        (folder / "cluster.toml").write_text("\n".join(nodes))
-        files.write_input(folder / "in.jsonl", 40)
+        nodes = [
+            f'[[node]]\nname = "n{n}"\nhost = "{address}"\nvendor = "cpu"\ndevices = {each}\n'
+            for n, address in enumerate(made.addresses)
+        ]
+        files.write_input(folder / "in.jsonl", 24)
         job = Job.__new__(Job)
-        job.files, job.size, job.requests, job.faults = files, hosts * each, 40, []
-        job.folder, job.logs, job.out, job.mark = folder, folder / "logs", folder / "out.jsonl", f"campaign {folder.name}"
+        job.files, job.size, job.requests, job.faults = files, hosts * each, 24, []
+        job.folder, job.logs, job.out = folder, folder / "logs", folder / "out.jsonl"
+        job.mark = f"campaign {folder.name}"
         job.before = set(os.listdir("/dev/shm"))
-        words = [*MOE_LAUNCH, "run", "--cluster", folder / "cluster.toml", "--engine", "ssh", made.ssh_args, "--on-loss",
-                 "reload", "--threads-per-rank", "1", "--log-dir", job.logs, TESTS / "faulty.py",
+        words = [*MOE_LAUNCH, "run", "--cluster", folder / "cluster.toml", "--engine", "ssh", made.ssh_args,
+                 "--on-loss", "reload", "--threads-per-rank", "1", "--log-dir", job.logs, TESTS / "faulty.py",
                  *files.options(folder / "in.jsonl", job.out)]  # fmt: skip
         settings = f'\nenv = {{ FAULTS = "{folder}", CAMPAIGN = "{job.mark}", PYTHONPATH = "{TESTS}" }}\n'
         (folder / "cluster.toml").write_text("\n".join(node + settings for node in nodes))
@@ -430,10 +436,12 @@ def main() -> int:
             transport = chance.choice(("auto", "auto", "zeromq"))
             began = time.monotonic()
             if kind == "short":
-                made, told = one_life(files, chance, ranks, on_loss, transport), f"{ranks} ranks, {on_loss}, {transport}"
+                made = one_life(files, chance, ranks, on_loss, transport)
+                told = f"{ranks} ranks, {on_loss}, {transport}"
             elif kind == "long":
                 left = min(8, options.faults - len(done))
-                made, told = long_life(files, chance, ranks, on_loss, left, 600), f"{ranks} ranks, {on_loss}, coming back"
+                made = long_life(files, chance, ranks, on_loss, left, 600)
+                told = f"{ranks} ranks, {on_loss}, coming back"
             else:
                 hosts, each = chance.choice(((3, 1), (2, 2), (2, 1)))
                 made, told = cut(files, chance, hosts, each), f"{hosts} hosts of {each} ranks"

@@ -68,7 +68,7 @@ def after(owner: type, name: str, point: str) -> None:
 
 
 def note_passes() -> None:
-    passes = open(FOLDER / f"{RANK}.{os.getpid()}.passes", "ab", buffering=0)  # noqa: SIM115 - for the process's life
+    passes = open(FOLDER / f"{RANK}.{os.getpid()}.passes", "ab", buffering=0)
     whole = RunningBatch.step
 
     def step(self: RunningBatch) -> Any:

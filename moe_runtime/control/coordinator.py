@@ -10,6 +10,7 @@ smaller part stops the job.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,7 @@ HOST_S = 1.0  # for who starts ranks on a host, who speaks ten times a second, t
 FENCE_S = 1.0  # for who started a rank to say that it has ended, once asked to kill it
 SUSPECT_S = 0.3  # from a report of a lost rank to believing it: an exit, or its own report, is often just behind
 STACKS_S = 1.0  # for stacks of all ranks to come in, before one is killed
+MOST_REASONS = 50  # that are counted one by one
 LOADING_S = 30.0  # of silence while ranks load: importing and compiling can hold up an agent
 RETURN_S = 2.0  # for ranks to come back to a coordinator that was started again
 
@@ -69,6 +71,7 @@ class Coordinator:
         self.ranks: dict[int, _Rank] = {}
         self.why = ""
         self.events: list[dict[str, Any]] = []
+        self.refused: Counter[str] = Counter()  # messages that were none, by what was wrong with them
         self.reports: list[dict[str, Any]] = []  # hang reports that have not been written yet
         self.watch = Watch()  # for ranks that hold the others up
         self.outages: list[float] = []  # seconds, of each that is over
@@ -91,6 +94,7 @@ class Coordinator:
     def receive(self, sender: bytes, message: Message, now: float) -> Out:
         problem = problem_with(message)
         if problem:
+            self.refused[problem if len(self.refused) < MOST_REASONS else "other messages"] += 1
             return [(sender, {"kind": "refused", "why": problem})]
         kind = message["kind"]
         if kind in ("status", "drain", "stop"):
@@ -456,6 +460,7 @@ class Coordinator:
                 {"rank": one.rank, "kind": one.kind, "ratio": one.ratio, "why": one.why}
                 for one in self.watch.slow.values()
             ],
+            "refused": dict(self.refused),
             "ranks": [
                 {
                     "rank": rank.number,

@@ -97,6 +97,12 @@ METRICS = [
         _of_job(lambda status: sum(map(float, status["outages"]))),
     ),
     Metric(
+        "refused_messages_total",
+        "counter",
+        "Messages to the coordinator that it could not take",
+        _of_job(lambda status: sum(status["refused"].values())),
+    ),
+    Metric(
         "rank_member",
         "gauge",
         "1 for ranks of the view",

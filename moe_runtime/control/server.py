@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..comm.locks import job_keys, listens
+from ..comm.locks import Doorkeeper, job_keys, listens, set_bounds
 from ..comm.messages import open_socket, pack, unpack, zmq
 from ..core.errors import ConfigError
 from . import hangs
@@ -56,9 +56,11 @@ def serve(settings: Settings, lifeline: int) -> int:
     """Run until the job is over; the exit code: 0, or 1 where it had to stop, 3 where nobody needs it any more."""
     context = zmq.Context()
     door = open_socket(context, zmq.ROUTER)
-    door.maxmsgsize = MAX_BYTES
-    door.router_handover = True  # a rank that comes back over a new connection is the same rank
-    listens(door, job_keys(bytes.fromhex(settings.secret)))
+    keys = job_keys(bytes.fromhex(settings.secret))
+    keeper = Doorkeeper(context, keys)
+    listens(door, keys)
+    set_bounds(door, 2 * MAX_BYTES)  # beyond this ZeroMQ ends the connection without a word; up to it we count
+    keeper.watch(door)
     _bind(door, f"tcp://{settings.address}:{settings.port}")
     now = time.monotonic()
     coordinator = Coordinator(settings.size, settings.silence_s, now, settings.returning)
@@ -73,10 +75,11 @@ def serve(settings: Settings, lifeline: int) -> int:
         if got:
             sender, *frames = door.recv_multipart()
             try:
-                message = unpack(frames[0]) if len(frames) == 1 else None
-            except ValueError:
-                message = None
-            out += coordinator.receive(sender, message, now)
+                message = unpack(frames[0], MAX_BYTES) if len(frames) == 1 else None
+            except ValueError as what:
+                coordinator.refused[str(what)] += 1
+            else:
+                out += coordinator.receive(sender, message, now)
         if now - ticked >= TICK_S:
             ticked = now
             out += coordinator.tick(now)
@@ -85,11 +88,14 @@ def serve(settings: Settings, lifeline: int) -> int:
             if coordinator.state == "stopping" and not over_at:
                 over_at = now
         for to, answer in out:
+            if answer["kind"] == "status":
+                answer["refused"] = {**keeper.refused, **answer["refused"]}
             if to:
                 door.send_multipart([to, pack({"protocol": PROTOCOL, **answer})])
         log.write(coordinator)
         if endpoint is not None and now - endpoint.refreshed >= REFRESH_S:
             endpoint.status, endpoint.refreshed = coordinator.status(now), now
+    keeper.close()
     door.close(linger=500)
     context.term()
     return 1 if coordinator.why else 0

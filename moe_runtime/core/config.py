@@ -30,8 +30,9 @@ class RuntimeConfig:
         CPUs).
     bridge: what joins islands: "zeromq", or "gloo" or "mpi" where all nodes have the same one, or "flagcx" where its
         torch plug-in is installed and every rank has a device.
-    bridge_encryption: "off", or "on": rows between islands (and of transport "zeromq") are encrypted too, at a fifth of
-        the bandwidth; ranks then need a secret, which moe-launch hands them. It says nothing of rows inside an island.
+    bridge_encryption: "off", or "on": rows between islands (and of transport "zeromq") are encrypted too, at a third
+        to a half of the bandwidth (docs/transports.md); ranks then need a secret, which moe-launch hands them. It says
+        nothing of rows inside an island.
     wire_format: what rows travel as on their way to experts, in order of preference, separated by commas: "exact" (the
         model's own dtype), "fp8", "int8", or a dtype such as "bfloat16". Each pair of ranks takes the first that both
         can; "fp8,int8,exact" is a good choice where bandwidth is short. Results go home exact.
