@@ -111,7 +111,7 @@ class CompositeTransport(InHalves):
     @property
     def waits(self) -> Waits:
         """What this rank waited for its island's ranks and for the others."""
-        joined = Waits(self.size)
+        joined = Waits(self.size, self._native.waits.exact and self._bridge.waits.exact)
         for number, mate in enumerate(self._mates):
             joined.take(mate, self._native.waits, number)
         for peer in self._others:

@@ -73,6 +73,10 @@ Goes tensor by tensor, in a few GiB of memory whatever the size; DEST appears wh
   moe-launch status
   moe-launch status generate-20261124-120000-1f2e --json
 The exit code is 3 where the job is not running.""",
+    "top": """examples:
+  moe-launch top generate-20261124-120000-1f2e
+  moe-launch top generate-20261124-120000-1f2e --every 5 --json >> job.jsonl
+Ctrl-C ends it, the job goes on. The exit code is 3 where the job is not running or has no coordinator.""",
     "stop": """examples:
   moe-launch stop generate-20261124-120000-1f2e
 Works on every host that has a part in the job; ranks get SIGTERM, and SIGKILL after the job's --shutdown-timeout.""",
@@ -405,6 +409,7 @@ def _parser() -> argparse.ArgumentParser:
         ("plan", ".planning", "Plan where experts live: memory, experts and predicted time per rank; needs no device."),
         ("simulate", ".planning", "Replay load traces against placements, policies and cluster sizes."),
         ("convert", "", "Write a checkpoint in bfloat16, FP8 blocks or INT8 blocks."),
+        ("top", "", "Watch a job: its view, ranks, tokens/s, outages, and who holds the others up."),
     ):
         module = importlib.import_module(f"{where}.{name}", __package__)
         added = commands.add_parser(name, help=what, description=what, epilog=_EXAMPLES[name])

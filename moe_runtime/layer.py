@@ -60,6 +60,12 @@ class LayerState:
     transformers_kernel: bool  # compute with transformers' own experts function instead of grouped_experts
     tokens_per_slot: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     expert_seconds: float = 0.0  # spent computing experts
+    dispatch_seconds: float = 0.0  # spent sending rows and waiting for them, forward; combine_seconds likewise
+    combine_seconds: float = 0.0
+    rows_computed: int = 0  # (token, expert) pairs
+    rows_sent: int = 0  # to other ranks' experts; results come back as many times
+    rows_received: int = 0
+    progress: dict[str, Any] | None = None  # what this rank is doing, for hang reports; all layers share it
     recorder: Recorder | None = None
     recompute: bool = False  # compute experts again in backward instead of keeping what they made (recompute.py)
     slowdown: float = 1.0  # emulated: experts take this many times as long as they would
@@ -72,6 +78,29 @@ class LayerState:
     renormalise: bool = False  # go on without experts that no rank holds; else a token that selects one is an error
     lacking: Lacking = field(default_factory=Lacking)
 
+    def note(self, phase: str, **counts: Any) -> None:
+        """Write to `progress` in one step, since another thread reads it: phase, layer, pass, and counts.
+
+        phase: "rebalance", "dispatch", "experts", "combine", or "dense" between two expert layers. tokens: this rank's.
+        sent, received: rows to and from each rank of the view, empty while they are not known.
+        """
+        if self.progress is not None:
+            self.progress.update({"phase": phase, "layer": self.index, "pass": self.passes, **counts})
+
+    def travelling(self, phase: str, **counts: Any) -> _Travelling:
+        """A block in which rows are sent or waited for: noted, a span, its time added to the phase's seconds."""
+        self.note(phase, **counts)
+        return _Travelling(self, phase)
+
+    def count_rows(self, handle: DispatchHandle) -> None:
+        """Add what a dispatch brought and took away; a hop between nodes counts as well."""
+        own = self.dispatcher.transport.rank
+        self.rows_computed += len(handle.order.row_index)
+        for hop in (handle, handle.outer):
+            if hop is not None:
+                self.rows_sent += sum(hop.route.send_counts) - hop.route.send_counts[own]
+                self.rows_received += sum(hop.recv_counts) - hop.recv_counts[own]
+
     def tokens_per_expert(self, rank: int) -> np.ndarray:
         """Tokens that this rank has computed for each expert [E] int64, whatever slots they have been in."""
         tokens = np.zeros(self.placement.num_experts, dtype=np.int64)
@@ -82,6 +111,23 @@ class LayerState:
         """Keep the count by expert, before slots hold others."""
         self.earlier_tokens = self.tokens_per_expert(rank)
         self.tokens_per_slot[:] = 0
+
+
+class _Travelling:
+    """LayerState.travelling's block: a class, since a generator takes four times as long."""
+
+    __slots__ = ("_layer", "_name", "_span", "_start")
+
+    def __init__(self, layer: LayerState, phase: str) -> None:
+        self._layer, self._name, self._span = layer, f"{phase}_seconds", spans(phase)
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+        self._span.__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        self._span.__exit__(None, None, None)
+        setattr(self._layer, self._name, getattr(self._layer, self._name) + time.perf_counter() - self._start)
 
 
 class ExpertParallel:
@@ -98,6 +144,7 @@ class ExpertParallel:
         """The request path of DESIGN.md: replica choice, dispatch, experts, combine."""
         layer = self.moe_runtime_layer
         if layer.before_exchange is not None:
+            layer.note("rebalance")
             layer.before_exchange(layer.index)
         layer.passes += 1
         slots_TK = layer.chooser.choose(topk_ids_TK)
@@ -105,15 +152,19 @@ class ExpertParallel:
             topk_weights_TK = weights_of_the_rest(layer, topk_ids_TK, slots_TK, topk_weights_TK)
         if layer.recorder is not None:
             layer.recorder.add(layer.index, topk_ids_TK)
-        with spans("dispatch"):
+        waiting = {"tokens": x_TH.shape[0], "sent": [], "received": []}
+        with layer.travelling("dispatch", **waiting):
             arrive = layer.dispatcher.start_dispatch(
                 x_TH, slots_TK, topk_weights_TK, expand=layer.per_expert_sums, tag=layer.index, state=state
             )
         if layer.meanwhile is not None and state == WORKING:
             layer.meanwhile(x_TH)
         pass_turn()
-        with spans("dispatch"):
+        with layer.travelling("dispatch", **waiting):
             rows, handle = arrive()
+        layer.count_rows(handle)
+        counts = {"sent": handle.route.send_counts, "received": handle.recv_counts}
+        layer.note("experts", **counts)
         layer.tokens_per_slot += handle.rows_per_slot
         layer.states = handle.states
         note_states(handle.states)
@@ -127,11 +178,13 @@ class ExpertParallel:
         if layer.slowdown > 1:
             time.sleep((time.perf_counter() - start) * (layer.slowdown - 1))
         layer.expert_seconds += time.perf_counter() - start
-        with spans("combine"):
+        with layer.travelling("combine"):
             bring_home = layer.dispatcher.start_combine(outputs, handle)
         pass_turn()
-        with spans("combine"):
-            return bring_home()
+        with layer.travelling("combine", **counts):
+            y_TH = bring_home()
+        layer.note("dense")
+        return y_TH
 
     def idle_exchange(self, chain: torch.Tensor) -> torch.Tensor:
         """Take part with no token of one's own. `chain` [0, H] ties successive layers' backward passes together."""

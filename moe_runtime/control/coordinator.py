@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from . import hangs
+from .slow import Watch
 from .words import Message, problem_with
 
 Out = list[tuple[bytes, Message]]
@@ -71,6 +73,8 @@ class Coordinator:
         self.events: list[dict[str, Any]] = []
         self.refused: Counter[str] = Counter()  # messages that were none, by what was wrong with them
         self.reports: list[dict[str, Any]] = []  # hang reports that have not been written yet
+        self.watch = Watch()  # for ranks that hold the others up
+        self.outages: list[float] = []  # seconds, of each that is over
         self._hosts: dict[str, tuple[bytes, float]] = {}
         self._began = now
         self._posts: dict[str, dict[int, bytes]] = {}
@@ -162,6 +166,7 @@ class Coordinator:
         if self._settled() and not before:
             self._can_recover = True
             outage = round(now - self._lost_at, 3) if self._lost_at else None
+            self.outages += [outage] if outage else []
             self._event("settled", now, view=self.view.number, outage_s=outage)
             self._lost_at = 0.0
 
@@ -185,11 +190,7 @@ class Coordinator:
             return []
         out: Out = []
         members = [self.ranks[number] for number in self.view.members if number in self.ranks]
-        for rank in members:
-            if rank.state == "done" or rank.number in self._losses:
-                continue
-            if now - rank.heard > (self.silence_s if self._can_recover else max(self.silence_s, LOADING_S)):
-                self._suspect(rank, f"has not been heard of for {self.silence_s:g} s", now)
+        out += self._weigh_silence(members, now)
         out += self._weigh_reports(members, now)
         for number, (since, why) in list(self._fencing.items()):
             heard = self._hosts.get(self.ranks[number].host, (b"", 0.0))[1]
@@ -205,7 +206,45 @@ class Coordinator:
         if members and all(rank.state == "done" for rank in members):
             self._stop("", now)
             out += self._to_all()
+        elif self.watch.is_due(now) and self._settled():
+            self._look_for_slow(members, now)
         return out
+
+    def _weigh_silence(self, members: list[_Rank], now: float) -> Out:
+        """Stacks of all are asked for when a rank has been silent for half the time that is allowed."""
+        limit = self.silence_s if self._can_recover else max(self.silence_s, LOADING_S)
+        silent = [
+            rank
+            for rank in members
+            if rank.state != "done" and rank.number not in self._losses and now - rank.heard > limit / 2
+        ]
+        lost = [rank for rank in silent if now - rank.heard > limit]
+        out: Out = []
+        if silent and self._hang is None:
+            out = self._ask_stacks(members, now)
+        elif not silent and self._hang is not None and not any(rank.report for rank in members):
+            self._hang = None  # it was but slow
+        if lost and self._hang is not None and "written" not in self._hang:
+            why = f"{hangs.names([rank.number for rank in lost])} silent for {limit:g} s"
+            self._report_hang(members, lost[0].number, why, now)
+        for rank in lost:
+            self._suspect(rank, f"has not been heard of for {limit:g} s", now)
+        return out
+
+    def _ask_stacks(self, members: list[_Rank], now: float) -> Out:
+        self._hang, self._asked_stacks = {}, now
+        for rank in members:
+            rank.stacks = None
+        return [(rank.sender, {"kind": "stacks"}) for rank in members if rank.sender]
+
+    def _look_for_slow(self, members: list[_Rank], now: float) -> None:
+        changes, to_drain = self.watch.look(now, {rank.number: rank.metrics for rank in members})
+        for change in changes:
+            self._event("slow", now, **change)
+        for number in to_drain:
+            answer = self._asked("drain", {"rank": number}, now)
+            if answer["kind"] == "refused":
+                self._event("note", now, rank=number, note=f"slow enough to be drained, but {answer['why']}")
 
     def _weigh_reports(self, members: list[_Rank], now: float) -> Out:
         """Whom to believe: a rank that others wait for and that reports nobody itself is stuck, or out of reach."""
@@ -215,13 +254,15 @@ class Coordinator:
         first = min(rank.reported for rank in reports)
         out: Out = []
         if self._hang is None and any(rank.report["timed_out"] for rank in reports):
-            self._hang, self._asked_stacks = {"since": first}, now
-            out = [(rank.sender, {"kind": "stacks"}) for rank in members]
+            out = self._ask_stacks(members, now)
         if self._hang is not None and "written" not in self._hang:
-            if now - self._asked_stacks < STACKS_S and not all(rank.stacks for rank in members):
-                return out
-            self._hang["written"] = True
-            self._report_hang(members, reports, now)
+            waited = now - self._asked_stacks
+            if now - first < SUSPECT_S or (waited < STACKS_S and not all(rank.stacks for rank in members)):
+                return out  # others may be about to say whom they wait for, too
+            stuck = blame([(rank.number, rank.report["suspects"]) for rank in reports], self.view.members)
+            whom = "" if stuck is None else f"; rank {stuck} is stuck, or cannot be reached"
+            waiting = hangs.names([rank.number for rank in reports])
+            self._report_hang(members, stuck, f"{waiting} waited in vain{whom}", now)
         if now - first < SUSPECT_S:
             return out
         blamed = blame([(rank.number, rank.report["suspects"]) for rank in reports], self.view.members)
@@ -414,6 +455,11 @@ class Coordinator:
             "members": list(self.view.members),
             "view_why": self.view.why,
             "settled": self._settled(),
+            "outages": list(self.outages),
+            "slow": [
+                {"rank": one.rank, "kind": one.kind, "ratio": one.ratio, "why": one.why}
+                for one in self.watch.slow.values()
+            ],
             "refused": dict(self.refused),
             "ranks": [
                 {
@@ -433,29 +479,9 @@ class Coordinator:
     def _event(self, what: str, now: float, **fields: Any) -> None:
         self.events.append({"event": what, "time": now, **fields})
 
-    def _report_hang(self, members: list[_Rank], reports: list[_Rank], now: float) -> None:
-        self.reports.append(
-            {
-                "view": self.view.number,
-                "waits": [
-                    {"rank": r.number, "for": r.report["suspects"], "why": r.report["why"], "at": r.phase}
-                    for r in reports
-                ],
-                "ranks": [
-                    {
-                        "rank": rank.number,
-                        "host": rank.host,
-                        "pid": rank.pid,
-                        "heard_s": round(now - rank.heard, 3),
-                        "at": (rank.stacks or {}).get("state", rank.phase),
-                        "stacks": (rank.stacks or {}).get(
-                            "text", "no answer: the whole process is stopped, or cut off"
-                        ),
-                    }
-                    for rank in members
-                ],
-            }
-        )
+    def _report_hang(self, members: list[_Rank], stuck: int | None, why: str, now: float) -> None:
+        self._hang = {"written": True}
+        self.reports.append(hangs.build(self.view.number, members, stuck, why, now))
 
 
 def has_quorum(survivors: int, unsure: int) -> bool:

@@ -190,8 +190,7 @@ class Member:
             ready = dict(poller.poll(max(0.0, beaten + BEAT_S - time.monotonic()) * 1000))
             if self._wake_read in ready:
                 os.read(self._wake_read, 4096)
-            while not self._to_send.empty():
-                self._send(self._to_send.get())
+            self._send_all()
             while self._socket.poll(0):
                 self._take(self._socket.recv())
             now = time.monotonic()
@@ -200,6 +199,7 @@ class Member:
                 self._send({"kind": "beat", "view": self.settled_in, "time": now, "state": dict(self.state),
                             "metrics": dict(self.metrics)})  # fmt: skip
             if self._ended:
+                self._send_all()  # what was said since: that this rank is done, often
                 break
             if not self.may_act() and self.settled_in:
                 self._end_process(
@@ -208,6 +208,10 @@ class Member:
                 )
         self._socket.close(linger=300)
         self._context.term()
+
+    def _send_all(self) -> None:
+        while not self._to_send.empty():
+            self._send(self._to_send.get())
 
     def _hello(self) -> None:
         newest = self._newest

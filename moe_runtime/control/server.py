@@ -17,7 +17,11 @@ from typing import Any
 
 from ..comm.locks import Doorkeeper, job_keys, listens, set_bounds
 from ..comm.messages import open_socket, pack, unpack, zmq
+from ..core.errors import ConfigError
+from . import hangs
 from .coordinator import Coordinator
+from .endpoint import REFRESH_S, Endpoint
+from .slow import Watch
 from .words import MAX_BYTES, PROTOCOL
 
 TICK_S = 0.05
@@ -26,7 +30,11 @@ _LAST_WORDS_S = 3.0  # for ranks to have heard that the job is over
 
 @dataclass(frozen=True)
 class Settings:
-    """size: ranks the job starts with. returning: an earlier coordinator of this job has ended."""
+    """size: ranks the job starts with. returning: an earlier coordinator of this job has ended.
+
+    metrics_port: where Prometheus finds /metrics, at the same address; 0: nowhere. drain_slower_than: how many times as
+    slow as the others a rank may stay before it is drained (slow.py); 0: for ever.
+    """
 
     address: str
     port: int
@@ -35,6 +43,8 @@ class Settings:
     silence_s: float
     log_dir: str
     returning: bool = False
+    metrics_port: int = 0
+    drain_slower_than: float = 0.0
 
     @staticmethod
     def from_json(text: str) -> Settings:
@@ -54,6 +64,8 @@ def serve(settings: Settings, lifeline: int) -> int:
     _bind(door, f"tcp://{settings.address}:{settings.port}")
     now = time.monotonic()
     coordinator = Coordinator(settings.size, settings.silence_s, now, settings.returning)
+    coordinator.watch = Watch(settings.drain_slower_than)
+    endpoint = _metrics(settings)
     log = Log(Path(settings.log_dir))
     ticked, over_at = 0.0, 0.0
     while not over_at or now - over_at < _LAST_WORDS_S:
@@ -81,10 +93,21 @@ def serve(settings: Settings, lifeline: int) -> int:
             if to:
                 door.send_multipart([to, pack({"protocol": PROTOCOL, **answer})])
         log.write(coordinator)
+        if endpoint is not None and now - endpoint.refreshed >= REFRESH_S:
+            endpoint.status, endpoint.refreshed = coordinator.status(now), now
     keeper.close()
     door.close(linger=500)
     context.term()
     return 1 if coordinator.why else 0
+
+
+def _metrics(settings: Settings) -> Endpoint | None:
+    """A job does not depend on being watched: where /metrics cannot be had it is said, and the job runs."""
+    try:
+        return Endpoint(settings.address, settings.metrics_port) if settings.metrics_port else None
+    except ConfigError as error:
+        print(f"moe-launch: {error}; this job runs without /metrics", file=sys.stderr, flush=True)
+        return None
 
 
 def _bind(door: zmq.Socket, where: str) -> None:
@@ -116,8 +139,8 @@ class Log:
             self._file.flush()
         for report in coordinator.reports:
             path = self._next()
-            path.write_text(json.dumps(report, indent=1))
-            print(f"moe-launch: {report_in_words(report)}\nmoe-launch: stacks of all ranks: {path}", file=sys.stderr)
+            path.write_text(json.dumps({**report, "at": time.time()}, indent=1))
+            print(f"moe-launch: {hangs.in_words(report, path)}", file=sys.stderr, flush=True)
         coordinator.events, coordinator.reports = [], []
 
     def _next(self) -> Path:
@@ -134,6 +157,10 @@ def in_words(event: dict[str, Any]) -> str:
             return f"view {event['view']}: all its ranks work again after {event['outage_s']:.2f} s"
         case "note":
             return f"rank {event['rank']}: {event['note']}"
+        case "slow" if event["over"]:
+            return f"rank {event['rank']} does not hold the others up any more ({event['slow']})"
+        case "slow":
+            return f"rank {event['rank']} holds the others up ({event['slow']}): {event['why']}"
         case "drain":
             return f"rank {event['rank']} is being drained"
         case "coordinator":
@@ -141,15 +168,6 @@ def in_words(event: dict[str, Any]) -> str:
         case "end" if event["why"]:
             return event["why"]
     return ""
-
-
-def report_in_words(report: dict[str, Any]) -> str:
-    """A hang report in a few lines."""
-    lines = [f"hang in view {report['view']}:"]
-    for wait in report["waits"]:
-        at = ", ".join(f"{name} {value}" for name, value in wait["at"].items())
-        lines.append(f"  rank {wait['rank']} waited for {wait['for']} ({at}): {wait['why']}")
-    return "\n".join(lines)
 
 
 def main() -> int:
