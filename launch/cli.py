@@ -260,7 +260,8 @@ def _keeper(options: argparse.Namespace, size: int, log_dir: Path, record: Path)
     from .keeper import Keeper, Survival
 
     def make(events: Any) -> Keeper:
-        survival = Survival(options.on_loss, options.silence, options.max_restarts)
+        limits = options.metrics_port, options.drain_slower_than
+        survival = Survival(options.on_loss, options.silence, options.max_restarts, *limits)
         secret, host = secrets.token_hex(32), socket.gethostname()
         keeper = Keeper(survival, size, "127.0.0.1", free_port(), log_dir, events, secret, host)
         records.add(record, coordinator=[keeper.address, keeper.port], secret=keeper.secret)

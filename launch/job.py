@@ -22,6 +22,7 @@ class Job:
     target: the worker's arguments. files: what every node must have, the same. wait_s: for all nodes to come.
     max_restarts: how often all ranks are started again after one failed; attempt: how often they were. on_loss: "fail",
     or how the job goes on without ranks that are lost (words.ON_LOSS), after silence_s; its are started again.
+    metrics_port, drain_slower_than: see control/server.py.
     one_terminal: all agents write to one place, so only node 0 tells what concerns the whole job. tee: see is_shown.
     """
 
@@ -45,6 +46,8 @@ class Job:
     attempt: int = 0
     on_loss: str = "fail"
     silence_s: float = 3.0
+    metrics_port: int = 0
+    drain_slower_than: float = 0.0
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

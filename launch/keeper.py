@@ -32,11 +32,14 @@ _QUICK_S, _QUICK_ENDS = 2.0, 5  # a coordinator that ends so soon, so often, is 
 
 @dataclass(frozen=True)
 class Survival:
-    """on_loss: of words.ON_LOSS. silence_s: of a rank, before it is taken for lost. restarts: of lost ranks, in all."""
+    """on_loss: of words.ON_LOSS. silence_s: of a rank, before it is taken for lost. restarts: of lost ranks, in all.
+    metrics_port, drain_slower_than: see the coordinator's settings (control/server.py)."""
 
     on_loss: str
     silence_s: float
     restarts: int = 0
+    metrics_port: int = 0
+    drain_slower_than: float = 0.0
 
 
 class Keeper:
@@ -112,6 +115,8 @@ class Keeper:
             [sys.executable, "-m", "moe_runtime.control.server"], stdin=subprocess.PIPE, start_new_session=True
         )
         settings: dict[str, Any] = {"address": self.address, "port": self.port, "secret": self.secret}
+        survival = self.survival
+        settings |= {"metrics_port": survival.metrics_port, "drain_slower_than": survival.drain_slower_than}
         settings |= {"size": self._size, "silence_s": self.survival.silence_s, "log_dir": str(self._log_dir)}
         assert process.stdin is not None
         process.stdin.write(json.dumps({**settings, "returning": returning}).encode() + b"\n")

@@ -74,6 +74,8 @@ def make_job(
         max_restarts=options.max_restarts,
         on_loss=options.on_loss,
         silence_s=options.silence,
+        metrics_port=options.metrics_port,
+        drain_slower_than=options.drain_slower_than,
     )
 
 

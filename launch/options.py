@@ -44,6 +44,10 @@ def add_launch_options(group: Any) -> None:
     add(group, "--on-loss", choices=ON_LOSS, default="fail", help=lost)
     silent = "of a rank, after which it is taken for lost (default: 3)"
     add(group, "--silence", type=seconds, default=3.0, metavar="SECONDS", help=silent)
+    port = "with --on-loss: Prometheus finds /metrics there, where the coordinator listens (default: 0, nowhere)"
+    add(group, "--metrics-port", type=whole_number(0, 65535), default=0, metavar="PORT", help=port)
+    slow = "with --on-loss: drain a rank that computes so many times slower than the others (default: 0, never)"
+    add(group, "--drain-slower-than", type=seconds, default=0.0, metavar="X", help=slow)
     add(group, "--threads-per-rank", type=at_least_1, metavar="N", help="OMP_NUM_THREADS (default: cores / ranks)")
     wait = "from asking a rank to stop to killing it (default: 10)"
     add(group, "--shutdown-timeout", type=seconds, default=10.0, metavar="SECONDS", help=wait)

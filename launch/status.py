@@ -10,9 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..comm.locks import calls, in_words, job_keys
-from ..comm.messages import open_socket, pack, unpack, zmq
-from ..control.words import PROTOCOL
+from ..comm.locks import in_words
+from ..control.client import Client
 from ..core.errors import ConfigError
 from . import records
 from .control import Link, Message
@@ -92,17 +91,14 @@ def ask_coordinator(record: dict[str, Any], message: Message, seconds: float = _
     if "coordinator" not in record:
         raise ConfigError(f"job {record['job']} has no coordinator: it was started without --on-loss")
     address, port = record["coordinator"]
-    context = zmq.Context()
-    socket = open_socket(context, zmq.DEALER)
+    client = Client(address, port, bytes.fromhex(record["secret"]))
     try:
-        calls(socket, job_keys(bytes.fromhex(record["secret"])))
-        socket.connect(f"tcp://{address}:{port}")
-        socket.send(pack({"protocol": PROTOCOL, **message}))
-        if socket.poll(seconds * 1000):
-            return unpack(socket.recv())
+        answer = client.ask(message, seconds)
     finally:
-        context.destroy(linger=0)
-    raise ConfigError(f"job {record['job']}: no answer from its coordinator at {address}:{port}; has the job ended?")
+        client.close()
+    if answer is None:
+        raise ConfigError(f"job {record['job']}: no answer from its coordinator at {address}:{port}; has it ended?")
+    return answer
 
 
 def _state_of(row: dict[str, Any]) -> str:

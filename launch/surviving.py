@@ -36,7 +36,7 @@ class SurvivingRanks:
             log_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"--log-dir {job.log_dir}: {error.strerror} here; name a folder of every host") from None
-        survival = Survival(job.on_loss, job.silence_s, job.max_restarts)
+        survival = Survival(job.on_loss, job.silence_s, job.max_restarts, job.metrics_port, job.drain_slower_than)
         secret = hmac.digest(bytes.fromhex(job.secret), b"moe-runtime coordinator", hashlib.sha256).hex()
         node = job.nodes[number]
         keep = functools.partial(

@@ -475,6 +475,16 @@ class Runtime:
             except LOST as again:
                 error = again
 
+    @property
+    def progress(self) -> dict[str, Any] | None:
+        """Where layers write what they are doing, for the coordinator's reports (metrics.watch_progress)."""
+        return self._survival.member.state if self._survival else None
+
+    def tell(self, metrics: dict[str, Any]) -> None:
+        """Have the coordinator show these counters (metrics.collect) from the next beat on."""
+        if self._survival is not None:
+            self._survival.member.metrics = metrics
+
     def take_notes(self) -> list[str]:
         """What people should be told of the view that was entered last; once."""
         notes, self._survival.notes = self._survival.notes, []

@@ -30,6 +30,7 @@ from .core.environment import address_towards, is_loopback
 from .core.errors import ConfigError, PeerLost, PeerTimeout, ViewPassed
 
 LOST = (PeerLost, PeerTimeout, ViewPassed)  # what Runtime.recover is for
+PATIENCE_S = 300.0  # for a view: the coordinator itself is watched by the agent, and watches the others
 _TRANSPORTS = ("auto", "shm", "zeromq")
 
 
@@ -79,11 +80,11 @@ class Survival:
 
     def first(self) -> Notice | None:
         """The view the job begins with; None where it has begun and this rank is one more."""
-        return self.member.first_view(self.timeout_s)
+        return self.member.first_view(max(self.timeout_s, PATIENCE_S))
 
     def next(self) -> Notice:
         """The view after the one entered last. Waits for it."""
-        return self.member.await_view(self.entered, self.timeout_s)
+        return self.member.await_view(self.entered, max(self.timeout_s, PATIENCE_S))
 
     def report(self, members: Sequence[int], error: Exception) -> None:
         """Tell the coordinator whom an exchange of the view entered last was lost by. members: of that view."""
@@ -131,7 +132,10 @@ class Survival:
         return StagedTransport(made) if isinstance(made, SharedMemoryTransport) and place.device.type != "cpu" else made
 
     def _exchange(self, key: str, value: Any) -> list[Any]:
-        return [unpack(data) for data in self.member.exchange(self.entered, key, pack(value), self.timeout_s)]
+        return [
+            unpack(data)
+            for data in self.member.exchange(self.entered, key, pack(value), max(self.timeout_s, PATIENCE_S))
+        ]
 
     def _interrupt(self, newest: Notice) -> None:
         """In the agent's thread: whatever waits in an older view ends."""
@@ -159,7 +163,7 @@ class _Table:
 
     def set(self, key: str, value: str) -> None:
         name = key.rpartition("/")[0]
-        values = self._survival.member.exchange(self._survival.entered, name, value.encode(), self._survival.timeout_s)
+        values = self._survival.member.exchange(self._survival.entered, name, value.encode(), PATIENCE_S)
         self._values = {f"{name}/{place}": one for place, one in enumerate(values)}
 
     def wait(self, keys: list[str], timeout: timedelta) -> None:

@@ -90,7 +90,11 @@ class Job:
     def __init__(self, files: Files, ranks: int, on_loss: str, requests: int, *more: str, restarts: int = 0) -> None:
         self.files, self.size, self.requests = files, ranks, requests
         self.folder = Path(tempfile.mkdtemp(dir=files.folder, prefix="job-"))
-        self.logs, self.out, self.mark = self.folder / "logs", self.folder / "out.jsonl", f"campaign {self.folder.name}"
+        self.logs, self.out, self.mark = (
+            self.folder / f"logs-{self.folder.name}",
+            self.folder / "out.jsonl",
+            f"campaign {self.folder.name}",
+        )
         files.write_input(self.folder / "in.jsonl", requests)
         self.before = set(os.listdir("/dev/shm"))
         placed = ["--placement", str(files.folder / f"replicas-{ranks}.json")] if on_loss == "replica" else []
@@ -376,7 +380,7 @@ def cut(files: Files, chance: random.Random, hosts: int, each: int) -> list[Faul
         files.write_input(folder / "in.jsonl", 24)
         job = Job.__new__(Job)
         job.files, job.size, job.requests, job.faults = files, hosts * each, 24, []
-        job.folder, job.logs, job.out = folder, folder / "logs", folder / "out.jsonl"
+        job.folder, job.logs, job.out = folder, folder / f"logs-{folder.name}", folder / "out.jsonl"
         job.mark = f"campaign {folder.name}"
         job.before = set(os.listdir("/dev/shm"))
         words = [*MOE_LAUNCH, "run", "--cluster", folder / "cluster.toml", "--engine", "ssh", made.ssh_args,

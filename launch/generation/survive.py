@@ -18,6 +18,7 @@ import torch
 
 import moe_runtime
 
+from ... import metrics
 from ...comm.wire import all_gather_message
 from ...survival import LOST
 from .batch import RunningBatch
@@ -45,6 +46,8 @@ class SurvivingGeneration:
         self._since = 0  # the view in which this rank came; 0 until it has
         self._finished: list[list[Any]] = []  # results that not all ranks have
         self._said: dict[int, int] = {}  # how many tokens of its sequences the others have been told of
+        self._counted = [0, 0]  # tokens and requests of this rank, for people
+        metrics.watch_progress(batch.model, runtime.progress)
         self._closed: set[int] = set()
         self._spreads = False  # a rank has come that held nothing
         self._slots: list[int] = []  # of each rank, in the latest round
@@ -115,9 +118,13 @@ class SurvivingGeneration:
             for _ in range(self._passes):
                 if not batch.held:
                     break
-                self._finished += [[one.number, one.text, len(one.tokens), one.logprobs] for one in batch.step()]
+                ended = batch.step()
+                self._finished += [[one.number, one.text, len(one.tokens), one.logprobs] for one in ended]
+                self._counted[0] += sum(len(one.tokens) - self._said.pop(one.number, 0) for one in ended)
+                self._counted[1] += len(ended)
         news = News(self._finished, self._new_tokens())
         message = [news.as_message(), runtime.next_view(), runtime.draining]
+        runtime.tell(metrics.collect(runtime, self._model, *self._counted))
         said = all_gather_message(runtime.transport, message, "results")
         self._finished = []
         results = ledger.take([one for one, _, _ in said])
@@ -137,6 +144,7 @@ class SurvivingGeneration:
             if len(sequence.tokens) > before:
                 told.append([sequence.number, before, sequence.tokens[before:], sequence.logprobs[before:]])
                 self._said[sequence.number] = len(sequence.tokens)
+                self._counted[0] += len(sequence.tokens) - before
         return told
 
     def _spread(self) -> None:
