@@ -17,16 +17,17 @@ from typing import Any
 
 from ..comm.locks import job_keys, listens
 from ..comm.messages import open_socket, pack, unpack, zmq
-from .coordinator import Coordinator
+from .coordinator import Coordinator, Out
 from .words import MAX_BYTES, PROTOCOL
 
 TICK_S = 0.05
+_AT_ONCE = 1000  # answers that are made before they are sent
 _LAST_WORDS_S = 3.0  # for ranks to have heard that the job is over
 
 
 @dataclass(frozen=True)
 class Settings:
-    """size: ranks the job starts with. returning: an earlier coordinator of this job has ended."""
+    """size: ranks the job starts with. returning: how many earlier coordinators of this job have ended."""
 
     address: str
     port: int
@@ -34,7 +35,7 @@ class Settings:
     size: int
     silence_s: float
     log_dir: str
-    returning: bool = False
+    returning: int = 0
 
     @staticmethod
     def from_json(text: str) -> Settings:
@@ -55,30 +56,40 @@ def serve(settings: Settings, lifeline: int) -> int:
     log = Log(Path(settings.log_dir))
     ticked, over_at = 0.0, 0.0
     while not over_at or now - over_at < _LAST_WORDS_S:
-        got = door.poll(TICK_S * 1000)
-        now = time.monotonic()
         out = []
-        if got:
+        waits = door.poll(TICK_S * 1000)
+        while waits:  # all that has come, before time is looked at: this process may have been held up itself
+            now = time.monotonic()
             sender, *frames = door.recv_multipart()
             try:
                 message = unpack(frames[0]) if len(frames) == 1 else None
             except ValueError:
                 message = None
             out += coordinator.receive(sender, message, now)
-        if now - ticked >= TICK_S:
-            ticked = now
+            waits = len(out) < _AT_ONCE and door.poll(0)
+        now = time.monotonic()
+        if now - ticked >= TICK_S or coordinator.news:
+            ticked, coordinator.news = now, False
             out += coordinator.tick(now)
             if select.select([lifeline], [], [], 0)[0] and not os.read(lifeline, 4096):
                 return 3
             if coordinator.state == "stopping" and not over_at:
                 over_at = now
-        for to, answer in out:
-            if to:
-                door.send_multipart([to, pack({"protocol": PROTOCOL, **answer})])
+        _send(door, out)
         log.write(coordinator)
     door.close(linger=500)
     context.term()
     return 1 if coordinator.why else 0
+
+
+def _send(door: zmq.Socket, out: Out) -> None:
+    packed: dict[int, bytes] = {}  # one message for many ranks is turned into bytes once
+    for to, answer in out:
+        if to:
+            data = packed.get(id(answer))
+            if data is None:
+                data = packed[id(answer)] = pack({"protocol": PROTOCOL, **answer})
+            door.send_multipart([to, data])
 
 
 def _bind(door: zmq.Socket, where: str) -> None:
