@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from moe_runtime.comm.messages import pack, unpack
 from moe_runtime.control.agent import Agent, Notice
 from moe_runtime.control.coordinator import Coordinator
-from moe_runtime.control.words import LEASE, PROTOCOL
+from moe_runtime.control.words import PROTOCOL
 
 SILENCE_S = 2.0
 TIMEOUT_S = 4.0  # of an exchange
@@ -23,6 +23,7 @@ WAITS_S = 20.0  # for a first view
 LOAD_S = 0.5
 BEAT_S = 0.25  # of hosts, and of ranks here
 TICK_S = 0.1
+DELAY_S = 0.08  # of a message, at most
 
 
 @dataclass
@@ -73,6 +74,7 @@ class World:
         self.peers_cut: set[frozenset[int]] = set()
         self.log: list[str] = []
         self.finished = self.loaded = False
+        self.on_view: Callable[[], None] | None = None  # called once, with the next view that is announced
         self.newest = 0
         for number in range(size):
             self.start(number)
@@ -117,7 +119,7 @@ class World:
             link.waiting.append(data)
             return
         link.last, generation, epoch = data, link.generation, self.restarts
-        link.up_at = max(link.up_at, self.now + self.pick.random() * 0.02) + 1e-6
+        link.up_at = max(link.up_at, self.now + self.pick.random() * DELAY_S) + 1e-6
         self._at(link.up_at - self.now, lambda: self._arrives(link, generation, epoch, sender, data))
 
     def _arrives(self, link: Link, generation: int, epoch: int, sender: object, data: bytes) -> None:
@@ -138,7 +140,7 @@ class World:
             link = self.hosts[who] if who in self.hosts else target.link if target else None
             if link is None or link.cut or str(link.generation) != generation:
                 continue
-            link.down_at = max(link.down_at, self.now + self.pick.random() * 0.02) + 1e-6
+            link.down_at = max(link.down_at, self.now + self.pick.random() * DELAY_S) + 1e-6
             at = link.generation
             self._at(link.down_at - self.now, lambda t=target, d=data, i=link, g=at: self._comes_down(t, i, g, d))
 
@@ -180,6 +182,9 @@ class World:
         for event in self.coordinator.events:
             json.dumps(event)
             self.loaded = self.loaded or event["event"] == "settled"
+            if event["event"] in ("view", "suspect") and self.on_view is not None:
+                self._at(self.pick.random() * 2 * DELAY_S, self.on_view)
+                self.on_view = None
             if event["event"] in ("view", "suspect", "lost", "end"):
                 self.say(f"  {event}")
         json.dumps(self.coordinator.reports)
@@ -403,6 +408,3 @@ class World:
             and sorted(p.number for p in alive) == list(coordinator.view.members)
             and coordinator.status(self.now)["settled"]
         )
-
-
-LEASE_S = LEASE * SILENCE_S

@@ -15,12 +15,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from moe_runtime.core.errors import PeerLost
 from moe_runtime.launch.generation import survive
-from moe_runtime.launch.generation.ledger import Ledger
 from moe_runtime.launch.generation.output import Sink, take_up
 from moe_runtime.launch.generation.requests import Request
 from moe_runtime.launch.generation.survive import SurvivingGeneration

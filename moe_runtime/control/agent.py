@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .words import BEAT_S, LEASE, TO_RANK, Message, problem_with, view_of
+from .words import LEASE, TO_RANK, Message, problem_with, view_of
 
+FIRST_S = 0.5  # between beats until the coordinator has said how often: many agents may start at once
 REPEAT_S = 1.0  # between two times that something unanswered is said
 
 
@@ -49,7 +50,7 @@ class Agent:
         self.tables: dict[str, tuple[int, list[bytes]]] = {}
         self._mark, self._host, self._pid = mark, host, pid
         self._standing: dict[str, Message] = {}  # said again and again
-        self._beat_s, self._beaten, self._repeated = BEAT_S, 0.0, now
+        self._beat_s, self._beaten, self._repeated = FIRST_S, now, now
 
     # ---- what the rank says ----------------------------------------------------------------------------------------
 

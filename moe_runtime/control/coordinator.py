@@ -89,7 +89,7 @@ class Coordinator:
         self._losses: dict[int, str] = {}  # ranks that are gone for certain and are in the view still
         self._ended: set[tuple[int, str]] = set()  # (rank, mark) that may not come back
         self._draining: dict[int, bool] = {}  # rank -> its experts are elsewhere
-        self._leaving: dict[int, float] = {}  # ranks that have been drained, and when the others began to wait for them
+        self._leaving: dict[int, float | None] = {}  # ranks that have been drained, and when the others began to wait for them
         self._meets_from = now + silence_s if returning else now  # by then nobody lives of whom this one cannot know
         self._held = False  # there may be tables that nobody has got
         self._asked_stacks = 0.0
@@ -208,8 +208,7 @@ class Coordinator:
         posted = self._posts.setdefault(key, {})
         again = rank.number in posted
         posted[rank.number] = message["value"]
-        for number in self._leaving:
-            self._leaving[number] = self._leaving[number] or now
+        self._leaving = {n: now if since is None else since for n, since in self._leaving.items()}
         if message.get("answered") and again:
             return []
         return self._table(key, [rank.number] if again else members, now)
@@ -271,7 +270,7 @@ class Coordinator:
             if now - rank.heard > patience:
                 self._suspect(rank, f"has not been heard of for {patience:g} s", now)
         for number, since in self._leaving.items():
-            if since and now - since > self.silence_s:
+            if since is not None and now - since > self.silence_s:
                 self._suspect(self.ranks[number], "has been drained and does not leave", now)
         out += self._weigh_reports(members, now)
         for number, (since, why) in list(self._fencing.items()):
@@ -319,11 +318,15 @@ class Coordinator:
 
     def _without_losses(self, now: float) -> Out:
         """The next view after losses, or the end where too few are left to be sure that nobody else goes on."""
-        survivors = tuple(n for n in self.view.members if n not in self._losses and self.ranks[n].state != "done")
+        done = [n for n in self.view.members if self.ranks[n].state == "done" and n not in self._losses]
+        survivors = tuple(n for n in self.view.members if n not in self._losses and n not in done)
         unsure = [n for n in self._losses if (n, self.ranks[n].mark) not in self._ended]
         told = "; ".join(f"rank {n}: {why}" for n, why in sorted(self._losses.items()))[:_WHY]
         if not self._can_recover:
             self._stop(f"{told}, before all ranks had loaded: start the job again", now)
+        elif done and not survivors:
+            who = f"{len(done)} of {len(self.view.members)} ranks are done"
+            self._stop(f"{who}, the others are lost ({told}): look whether all results are there", now)
         elif not has_quorum(len(survivors), len(unsure)):
             whom = ", ".join(f"rank {n}" for n in unsure)[:_WHY]
             self._stop(
@@ -379,7 +382,7 @@ class Coordinator:
             elif number in members or (number, rank.pid) in self._ended_meanwhile:
                 del self.ranks[number]  # it has been taken for lost, or waits until the one before it is gone
             elif rank.claimed:
-                rank.state, self._leaving[number] = "leaving", 0.0
+                rank.state, self._leaving[number] = "leaving", None
         for number, pid in members.items():
             if number not in self.ranks:
                 self.ranks[number] = _Rank(number, "", b"", "", pid, self._began, "member")
@@ -410,7 +413,7 @@ class Coordinator:
             elif rank.state in ("member", "draining"):
                 rank.state = "ended" if rank.number in lost else "leaving"
                 if rank.state == "leaving":
-                    self._leaving[rank.number] = 0.0
+                    self._leaving[rank.number] = None
         # A rank that was empty may have been given lost experts.
         self._draining = {n: at_boundary and empty for n, empty in self._draining.items() if n in members}
         if members and set(members) <= set(self._draining):
@@ -431,7 +434,7 @@ class Coordinator:
             self._event("suspect", now, rank=rank.number, why=why)
 
     def _gone(self, rank: _Rank, why: str, now: float, certain: bool = False) -> None:
-        self._fencing.pop(rank.number, None)
+        _, why = self._fencing.pop(rank.number, (now, why))  # why it was killed says more than that it was
         self._leaving.pop(rank.number, None)
         if certain:
             self._ended.add((rank.number, rank.mark))
@@ -489,7 +492,7 @@ class Coordinator:
 
     def _beat_s(self) -> float:
         """Between two beats of a rank: many ranks beat less often, never too seldom for LEASE."""
-        return min(max(BEAT_S, len(self.ranks) * _BEAT_S_PER_RANK), self.silence_s / 6)
+        return min(max(BEAT_S, max(self.size, len(self.ranks)) * _BEAT_S_PER_RANK), self.silence_s / 6)
 
     def _for_host(self, host: str) -> Message:
         fence = [[n, self.ranks[n].pid] for n in self._fencing if n in self.ranks and self.ranks[n].host == host]

@@ -11,6 +11,7 @@ import os
 import select
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,7 @@ def in_words(event: dict[str, Any]) -> str:
     """An event for people, or "" for what only the log needs."""
     match event["event"]:
         case "view":
-            return f"view {event['number']}: ranks {', '.join(map(str, event['members']))} ({event['why']})"
+            return f"view {event['number']}: ranks {in_short(event['members'])} ({event['why']})"
         case "settled" if event["outage_s"]:
             return f"view {event['view']}: all its ranks work again after {event['outage_s']:.2f} s"
         case "note":
@@ -146,6 +147,18 @@ def in_words(event: dict[str, Any]) -> str:
         case "end" if event["why"]:
             return event["why"]
     return ""
+
+
+def in_short(numbers: Sequence[int]) -> str:
+    """0, 1, 5-999"""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    told = [f"{a}" if a == b else f"{a}, {b}" if b == a + 1 else f"{a}-{b}" for a, b in runs]
+    return ", ".join(told[:50]) + (" ..." if len(told) > 50 else "")
 
 
 def report_in_words(report: dict[str, Any]) -> str:
