@@ -106,7 +106,7 @@ class Ledger:
         return new
 
     def agree(self, sure: Iterable[int]) -> None:
-        """Exactly these lines are done: what the rank that writes the results has, or has written; alike on all ranks."""
+        """Exactly these lines are done: what the rank that writes the results has, or has written; all ranks alike."""
         self.done = {number: self.done.get(number) for number in sure if number in self.requests}
         self._divide()
 

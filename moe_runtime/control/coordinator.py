@@ -89,7 +89,7 @@ class Coordinator:
         self._losses: dict[int, str] = {}  # ranks that are gone for certain and are in the view still
         self._ended: set[tuple[int, str]] = set()  # (rank, mark) that may not come back
         self._draining: dict[int, bool] = {}  # rank -> its experts are elsewhere
-        self._leaving: dict[int, float | None] = {}  # ranks that have been drained, and when the others began to wait for them
+        self._leaving: dict[int, float | None] = {}  # drained ranks; since when others wait for it
         self._meets_from = now + silence_s if returning else now  # by then nobody lives of whom this one cannot know
         self._held = False  # there may be tables that nobody has got
         self._asked_stacks = 0.0
