@@ -71,7 +71,7 @@ class Keeper:
         self._to_send: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._mark = secrets.token_hex(8)
         self._done = threading.Event()
-        self._process = self._start(returning=False) if serves else None
+        self._process = self._start(returning=0) if serves else None
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
         self._thread.start()
 
@@ -110,7 +110,7 @@ class Keeper:
                 self._process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _start(self, returning: bool) -> subprocess.Popen:
+    def _start(self, returning: int) -> subprocess.Popen:
         process = subprocess.Popen(
             [sys.executable, "-m", "moe_runtime.control.server"], stdin=subprocess.PIPE, start_new_session=True
         )
@@ -131,7 +131,7 @@ class Keeper:
         calls(link, job_keys(bytes.fromhex(self.secret)))
         link.connect(f"tcp://{self.address}:{self.port}")
         about = {"protocol": PROTOCOL, "host": self._host, "mark": self._mark}
-        beaten, began, quick, over = 0.0, time.monotonic(), 0, False
+        beaten, began, quick, ended, over = 0.0, time.monotonic(), 0, 0, False
         while not self._done.is_set():
             now = time.monotonic()
             if self._process is not None and self._process.poll() is not None and not over:
@@ -142,7 +142,8 @@ class Keeper:
                     continue
                 say(f"the coordinator has ended ({self._process.returncode}); starting it again")
                 self._process.stdin.close()
-                self._process, began = self._start(returning=True), now
+                ended += 1
+                self._process, began = self._start(returning=ended), now
                 for message in self._exits.values():
                     self._to_send.put(message)
             while not self._to_send.empty():

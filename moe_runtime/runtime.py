@@ -468,6 +468,7 @@ class Runtime:
                 survival.report(self.view.ranks, error)
             notice = survival.next()
             if self.number not in notice.members:
+                survival.member.leave()
                 return False
             try:
                 self._enter(model, notice)

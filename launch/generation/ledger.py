@@ -49,6 +49,7 @@ class Ledger:
         self.done: dict[int, Result | None] = {}  # None: on other ranks only, from before this one came
         self.tokens: dict[int, tuple[list[int], list[float]]] = {}
         self._latest: list[Result] = []
+        self._holds: list[list[int]] = []  # what ranks said they hold when the view began
 
     def deal(self, room: int, closed: Iterable[int] = ()) -> list[tuple[int, Request]]:
         """(rank, request) for the next ones: each to the rank that has the fewest, none above `room` or closed."""
@@ -92,24 +93,29 @@ class Ledger:
         A sequence that no rank holds waits again. One that two ranks hold cannot be: a rank that lost touch is dead.
         """
         new = []
+        latest: dict[int, Result] = {}
         for _, done, _, _ in said:
             for result in done:
+                latest[result[0]] = result
                 if result[0] not in self.done:
                     self.done[result[0]] = result
                     new.append(result)
-        self.held = [{number for number in held if number not in self.done} for held, _, _, _ in said]
+        self._holds = [held for held, _, _, _ in said]
+        self._divide()
+        self._latest = list(latest.values())  # until a round comes to its end, others may have missed this
+        return new
+
+    def agree(self, sure: Iterable[int]) -> None:
+        """Exactly these lines are done: what the rank that writes the results has, or has written; all ranks alike."""
+        self.done = {number: self.done.get(number) for number in sure if number in self.requests}
+        self._divide()
+
+    def _divide(self) -> None:
+        self.held = [{number for number in held if number not in self.done} for held in self._holds]
         taken = set().union(*self.held)
         self.waiting = deque(n for n in self.requests if n not in self.done and n not in taken)
         for number in self.done:
             self.tokens.pop(number, None)
-        self._latest = []
-        return new
-
-    def agree(self, sure: Iterable[int]) -> None:
-        """Exactly these lines are done: what the rank that writes results has, or has written; alike on all ranks."""
-        self.done = {number: self.done.get(number) for number in sure}
-        taken = set().union(*self.held)
-        self.waiting = deque(n for n in self.requests if n not in self.done and n not in taken)
 
 
 def sink_of(said: Sequence[Sequence[Any]]) -> int:

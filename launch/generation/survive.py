@@ -43,6 +43,7 @@ class SurvivingGeneration:
         self.runtime, self._model, self._batch, self._open_sink = runtime, batch.model, batch, open_sink
         self.ledger = Ledger(requests, runtime.size)
         self.sink: Sink | None = None
+        self._written: set[int] = set()  # lines that were in the file when this rank took it over
         self._since = 0  # the view in which this rank came; 0 until it has
         self._finished: list[list[Any]] = []  # results that not all ranks have
         self._said: dict[int, int] = {}  # how many tokens of its sequences the others have been told of
@@ -56,8 +57,11 @@ class SurvivingGeneration:
     def run(self) -> bool:
         """Until every request has its result; False where this rank has been drained before."""
         here = self._enter(None) if self.runtime.joins else self._begin_or_enter()
-        while here and not self.ledger.is_over():
+        while here:
             try:
+                if self.ledger.is_over():
+                    all_gather_message(self.runtime.transport, [], "end")  # whoever writes results has written them
+                    return True
                 here = self._round()
             except LOST as error:
                 here = self._enter(error)
@@ -91,16 +95,16 @@ class SurvivingGeneration:
         said = all_gather_message(runtime.transport, known.as_message(), "new view (requests)")
         fresh = ledger.begin(said)
         writer = sink_of(said)
-        written: set[int] = set()
         if writer == runtime.rank and self.sink is None:
-            self.sink, written = self._open_sink(bool(ledger.done) or runtime.view.number > 1)
-            fresh = [result for result in ledger.done.values() if result is not None and result[0] not in written]
-        if any(since == runtime.view.number for _, _, since, _ in said):
-            sure = [n for n, result in ledger.done.items() if result is not None or n in written]
-            ledger.agree(all_gather_message(runtime.transport, sure, "new view (results)")[writer])
-        if self.sink is not None:
+            self.sink, self._written = self._open_sink(bool(ledger.done) or runtime.view.number > 1)
+            known = [result for result in ledger.done.values() if result is not None]
+            fresh = [result for result in known if result[0] not in self._written]
+        if self.sink is not None:  # before anything can break: nobody gives it these again
             self.sink.take(fresh)
             self.sink.write()
+        # Who has come does not know what was done before, and a new writer may not have what was never written.
+        sure = {n for n, result in ledger.done.items() if result is not None} | self._written
+        ledger.agree(all_gather_message(runtime.transport, sorted(sure), "new view (results)")[writer])
         self._since = runtime.view.number if new else self._since
         self._finished, self._closed = [], set()
         self._said = {}

@@ -1,5 +1,5 @@
-"""A rank's agent: a thread that beats for it, hears of new views, and ends an exchange that waits for a rank that is
-gone. It also ends the process where the coordinator has not answered for so long that others may have gone on without.
+"""A rank's agent in a thread: it beats for the rank, hears of new views, and ends an exchange that waits for a rank
+that is gone. It also ends the process where agent.py says so.
 """
 
 from __future__ import annotations
@@ -12,25 +12,15 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from ..comm.locks import JobKeys, calls
 from ..comm.messages import open_socket, pack, unpack, zmq
 from ..core.errors import MoeRuntimeError, PeerTimeout, ViewPassed
-from .words import BEAT_S, MAX_BYTES, PROTOCOL, Message
+from .agent import Agent, Notice
+from .words import MAX_BYTES, MAX_STACKS, PROTOCOL, Message
 
-LEASE = 0.7  # of silence_s: without an answer for so long this process ends
-
-
-@dataclass(frozen=True)
-class Notice:
-    """A view as the coordinator announced it. members: rank numbers; at_boundary: taken up between two steps."""
-
-    number: int
-    members: tuple[int, ...]
-    why: str
-    at_boundary: bool
+__all__ = ["Member", "Notice", "stacks"]
 
 
 class Member:
@@ -42,27 +32,18 @@ class Member:
     """
 
     def __init__(self, address: str, port: int, keys: JobKeys, number: int, silence_s: float, host: str) -> None:
-        self.number, self.silence_s, self._host = number, silence_s, host
+        self.number, self.silence_s = number, silence_s
         self.where = f"{address}:{port}"
-        self.state: dict[str, Any] = {"phase": "starting"}
-        self.metrics: dict[str, Any] = {}
+        self._agent = Agent(number, secrets.token_hex(8), host, os.getpid(), silence_s, time.monotonic())
+        self.state = self._agent.state
         self.on_view: Callable[[Notice], None] = lambda notice: None
-        self.draining: list[int] = []
-        self.stopped: str | None = None  # why the job is to end
-        self.joins = False  # the job has begun, and this rank is not in it yet
-        self.settled_in = 0
-        self._mark = secrets.token_hex(8)
-        self._newest: Notice | None = None
-        self._tables: dict[str, tuple[int, list[bytes]]] = {}
-        self._changed = threading.Condition()
+        self._changed = threading.Condition()  # held while the agent is called
         self._to_send: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        self._standing: dict[str, Message] = {}  # said again to a coordinator that has come back
         self._wake_read, self._wake_write = os.pipe()
-        self._acknowledged = time.monotonic()  # when the latest message was sent that was answered
-        self._ended = False
+        self._closed = False
         self._context = zmq.Context()
         self._socket = open_socket(self._context, zmq.DEALER)
-        self._socket.maxmsgsize = MAX_BYTES
+        self._socket.maxmsgsize = 16 * MAX_BYTES  # a table has a value of every rank
         self._socket.reconnect_ivl, self._socket.reconnect_ivl_max = 50, 200
         calls(self._socket, keys)
         self._socket.connect(f"tcp://{address}:{port}")
@@ -74,27 +55,42 @@ class Member:
     @property
     def newest(self) -> Notice | None:
         """The newest view that is known here."""
-        return self._newest
+        return self._agent.newest
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        return self._agent.metrics
+
+    @metrics.setter
+    def metrics(self, counters: dict[str, Any]) -> None:
+        self._agent.metrics = counters
+
+    @property
+    def draining(self) -> list[int]:
+        """Numbers of the ranks that are being drained."""
+        return self._agent.draining
 
     def may_act(self) -> bool:
         """Whether nobody can have gone on without this rank yet: asked before writing where others may write."""
-        return time.monotonic() - self._acknowledged < LEASE * self.silence_s
+        return self._agent.may_act(time.monotonic())
 
     def first_view(self, deadline_s: float) -> Notice | None:
         """The view that the job begins with, or None where it has begun without this rank. Raises as await_view."""
+        agent = self._agent
         with self._changed:
-            self._changed.wait_for(lambda: self.joins or self._newest or self.stopped is not None, deadline_s)
-        return None if self.joins and self.stopped is None else self.await_view(0, 0.0)
+            self._changed.wait_for(lambda: agent.joins or agent.newest or agent.stopped is not None, deadline_s)
+        return None if agent.joins and agent.stopped is None else self.await_view(0, 0.0)
 
     def await_view(self, after: int, deadline_s: float) -> Notice:
         """The newest view with a number above `after`. Raises PeerTimeout; MoeRuntimeError where the job is to end."""
+        agent = self._agent
         with self._changed:
             arrived = self._changed.wait_for(
-                lambda: self.stopped is not None or (self._newest is not None and self._newest.number > after),
+                lambda: agent.stopped is not None or (agent.newest is not None and agent.newest.number > after),
                 deadline_s,
             )
-        if self.stopped is not None:
-            raise MoeRuntimeError(f"rank {self.number}: {self.stopped}")
+        if agent.stopped is not None:
+            raise MoeRuntimeError(f"rank {self.number}: {agent.stopped}")
         if not arrived:
             raise PeerTimeout(
                 f"rank {self.number}, phase new view: the coordinator at {self.where} announced no view after {after} "
@@ -103,26 +99,26 @@ class Member:
                 ranks=(),
                 phase="new view",
             )
-        assert self._newest is not None
-        return self._newest
+        assert agent.newest is not None
+        return agent.newest
 
     def exchange(self, view: int, key: str, value: bytes, deadline_s: float) -> list[bytes]:
         """Every member's value, in the order of the view's members. Raises as await_view, and ViewPassed where a newer
         view that does not wait for a boundary has come meanwhile."""
-        self._say({"kind": "post", "view": view, "key": key, "value": value}, standing=f"post {key}")
-        ends = time.monotonic() + deadline_s
+        agent, ends = self._agent, time.monotonic() + deadline_s
+        self._say(lambda: agent.post(view, key, value))
 
         def is_over() -> bool:
-            table = self._tables.get(key)
-            return self.stopped is not None or self._passed(view) or (table is not None and table[0] == view)
+            return agent.stopped is not None or agent.passed(view) or key in agent.tables
 
         with self._changed:
             arrived = self._changed.wait_for(is_over, max(0.0, ends - time.monotonic()))
-        if self.stopped is not None:
-            raise MoeRuntimeError(f"rank {self.number}: {self.stopped}")
-        if self._passed(view):
+            table = agent.tables.pop(key, None)
+        if agent.stopped is not None:
+            raise MoeRuntimeError(f"rank {self.number}: {agent.stopped}")
+        if agent.passed(view):
             raise ViewPassed(f"rank {self.number}: view {view} has passed")
-        if not arrived:
+        if not arrived or table is None:
             raise PeerTimeout(
                 f"rank {self.number}, phase meeting in view {view}: not all of its members came to the coordinator "
                 f"({key}) within {deadline_s:g} s",
@@ -130,36 +126,31 @@ class Member:
                 ranks=(),
                 phase="meeting",
             )
-        self._standing.pop(f"post {key}", None)
-        return self._tables.pop(key)[1]
+        return table[1]
 
     def report_lost(self, view: int, suspects: Sequence[int], why: str, timed_out: bool) -> None:
         """An exchange of `view` has failed; suspects: rank numbers."""
-        message = {"kind": "lost", "view": view, "suspects": list(suspects), "why": why, "timed_out": timed_out}
-        self._say({**message, "state": dict(self.state)}, standing="lost")
+        self._say(lambda: self._agent.lost(view, suspects, why, timed_out))
 
     def settled(self, view: int, notes: Sequence[str] = ()) -> None:
         """This rank works in `view`, and takes up others from here on."""
-        self.settled_in = view
-        self._standing.pop("lost", None)
-        self._say({"kind": "settled", "view": view, "notes": list(notes)})
+        self._say(lambda: self._agent.settled(view, notes))
 
     def ready(self) -> None:
         """This rank can be admitted."""
-        self._say({"kind": "ready"}, standing="ready")
+        self._say(self._agent.ready)
 
     def drained(self, of: int) -> None:
         """Rank `of` holds no experts any more."""
-        self._say({"kind": "drained", "of": of})
+        self._say(lambda: self._agent.drained(of))
 
     def leave(self) -> None:
         """This rank's work is done."""
-        self._standing.clear()
-        self._say({"kind": "done"}, standing="done")
+        self._say(self._agent.done)
 
     def close(self) -> None:
         """Stop beating."""
-        self._ended = True
+        self._closed = True
         self._wake()
         self._thread.join(2.0)
         if not self._thread.is_alive():
@@ -168,44 +159,36 @@ class Member:
 
     # ---- the thread ------------------------------------------------------------------------------------------------
 
-    def _say(self, message: Message, standing: str = "") -> None:
-        if standing:
-            self._standing[standing] = message
-        self._to_send.put(message)
+    def _say(self, make: Callable[[], Message]) -> None:
+        with self._changed:
+            self._to_send.put(make())
         self._wake()
 
     def _wake(self) -> None:
         os.write(self._wake_write, b"x")
 
-    def _passed(self, view: int) -> bool:
-        return self._newest is not None and self._newest.number > view and not self._newest.at_boundary
-
     def _run(self) -> None:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._wake_read, zmq.POLLIN)
-        self._hello()
-        beaten = 0.0
+        self._say(self._agent.hello)
         while True:
-            ready = dict(poller.poll(max(0.0, beaten + BEAT_S - time.monotonic()) * 1000))
+            ready = dict(poller.poll(self._agent.wait_s(time.monotonic()) * 1000 + 1))
             if self._wake_read in ready:
                 os.read(self._wake_read, 4096)
             self._send_all()
             while self._socket.poll(0):
                 self._take(self._socket.recv())
-            now = time.monotonic()
-            if now - beaten >= BEAT_S:
-                beaten = now
-                self._send({"kind": "beat", "view": self.settled_in, "time": now, "state": dict(self.state),
-                            "metrics": dict(self.metrics)})  # fmt: skip
-            if self._ended:
+            with self._changed:
+                due = self._agent.tick(time.monotonic())
+            for message in due:
+                self._send(message)
+            if self._closed:
                 self._send_all()  # what was said since: that this rank is done, often
                 break
-            if not self.may_act() and self.settled_in:
-                self._end_process(
-                    f"the coordinator at {self.where} has not answered for {LEASE * self.silence_s:.1f} s; the others "
-                    "may go on without this rank, so it ends here"
-                )
+            if self._agent.must_end:
+                print(f"moe-runtime: rank {self.number}: {self._agent.must_end}", file=sys.stderr, flush=True)
+                os._exit(1)
         self._socket.close(linger=300)
         self._context.term()
 
@@ -213,67 +196,28 @@ class Member:
         while not self._to_send.empty():
             self._send(self._to_send.get())
 
-    def _hello(self) -> None:
-        newest = self._newest
-        number, members = (newest.number, list(newest.members)) if newest else (0, [])
-        about = {"host": self._host, "pid": os.getpid(), "settled": self.settled_in == number > 0}
-        self._send({"kind": "hello", "view": number, "members": members, **about})
-
     def _send(self, message: Message) -> None:
-        body = {"protocol": PROTOCOL, "rank": self.number, "mark": self._mark, **message}
         try:
-            self._socket.send(pack(body), flags=zmq.DONTWAIT)
+            self._socket.send(pack({"protocol": PROTOCOL, **message}), flags=zmq.DONTWAIT)
         except zmq.Again:
-            return  # no coordinator now: what must not be lost is said again to the next one
+            return  # no coordinator now: what must not be lost is said again
 
     def _take(self, data: bytes) -> None:
         try:
             message = unpack(data)
         except ValueError:
             return
-        kind = message.get("kind")
-        if kind == "again":
-            self._hello()
-            for standing in list(self._standing.values()):
-                self._send(standing)
-            if self.settled_in:
-                self._send({"kind": "settled", "view": self.settled_in})
-        elif kind == "refused":
-            self._end_process(str(message.get("why")))
-        elif kind == "stacks":
-            self._send({"kind": "stacks", "text": stacks()[-MAX_BYTES // 2 :], "state": dict(self.state)})
-        elif kind == "table":
-            with self._changed:
-                self._tables[message["key"]] = (message["view"], message["values"])
-                self._changed.notify_all()
-        elif kind == "heard":
-            self._heard(message)
-
-    def _heard(self, message: Message) -> None:
-        self._acknowledged = max(self._acknowledged, message["time"] or self._acknowledged)
-        self.draining = message.get("draining", self.draining)
         with self._changed:
-            if message.get("joins") and not self.joins:
-                self.joins = True
-                self._changed.notify_all()
-            if "stop" in message and self.stopped is None:
-                self.stopped = message["stop"]
-                self._changed.notify_all()
-            if "view" not in message:
-                return
-            number, members, why, at_boundary = message["view"]
-            if self._newest is not None and number <= self._newest.number:
-                return
-            self._newest = Notice(number, tuple(members), why, at_boundary)
+            before = self._agent.newest
+            answers = self._agent.receive(message)
+            if isinstance(message, dict) and message.get("kind") == "stacks":
+                answers.append(self._agent.stacks(stacks()[-MAX_STACKS:]))
             self._changed.notify_all()
-        if not at_boundary:
-            self.on_view(self._newest)
-
-    def _end_process(self, why: str) -> None:
-        if self._ended:
-            return
-        print(f"moe-runtime: rank {self.number}: {why}", file=sys.stderr, flush=True)
-        os._exit(1)
+        for answer in answers:
+            self._send(answer)
+        newest = self._agent.newest
+        if newest is not None and newest is not before and not newest.at_boundary:
+            self.on_view(newest)
 
 
 def stacks() -> str:

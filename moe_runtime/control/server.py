@@ -11,6 +11,7 @@ import os
 import select
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,18 +20,19 @@ from ..comm.locks import Doorkeeper, job_keys, listens, set_bounds
 from ..comm.messages import open_socket, pack, unpack, zmq
 from ..core.errors import ConfigError
 from . import hangs
-from .coordinator import Coordinator
+from .coordinator import Coordinator, Out
 from .endpoint import REFRESH_S, Endpoint
 from .slow import Watch
 from .words import MAX_BYTES, PROTOCOL
 
 TICK_S = 0.05
+_AT_ONCE = 1000  # answers that are made before they are sent
 _LAST_WORDS_S = 3.0  # for ranks to have heard that the job is over
 
 
 @dataclass(frozen=True)
 class Settings:
-    """size: ranks the job starts with. returning: an earlier coordinator of this job has ended.
+    """size: ranks the job starts with. returning: how many earlier coordinators of this job have ended.
 
     metrics_port: where Prometheus finds /metrics, at the same address; 0: nowhere. drain_slower_than: how many times as
     slow as the others a rank may stay before it is drained (slow.py); 0: for ever.
@@ -42,7 +44,7 @@ class Settings:
     size: int
     silence_s: float
     log_dir: str
-    returning: bool = False
+    returning: int = 0
     metrics_port: int = 0
     drain_slower_than: float = 0.0
 
@@ -69,10 +71,10 @@ def serve(settings: Settings, lifeline: int) -> int:
     log = Log(Path(settings.log_dir))
     ticked, over_at = 0.0, 0.0
     while not over_at or now - over_at < _LAST_WORDS_S:
-        got = door.poll(TICK_S * 1000)
-        now = time.monotonic()
         out = []
-        if got:
+        waits = door.poll(TICK_S * 1000)
+        while waits:  # all that has come, before time is looked at: this process may have been held up itself
+            now = time.monotonic()
             sender, *frames = door.recv_multipart()
             try:
                 message = unpack(frames[0], MAX_BYTES) if len(frames) == 1 else None
@@ -80,18 +82,19 @@ def serve(settings: Settings, lifeline: int) -> int:
                 coordinator.refused[str(what)] += 1
             else:
                 out += coordinator.receive(sender, message, now)
-        if now - ticked >= TICK_S:
-            ticked = now
+            waits = len(out) < _AT_ONCE and door.poll(0)
+        now = time.monotonic()
+        if now - ticked >= TICK_S or coordinator.news:
+            ticked, coordinator.news = now, False
             out += coordinator.tick(now)
             if select.select([lifeline], [], [], 0)[0] and not os.read(lifeline, 4096):
                 return 3
             if coordinator.state == "stopping" and not over_at:
                 over_at = now
-        for to, answer in out:
+        for _, answer in out:
             if answer["kind"] == "status":
                 answer["refused"] = {**keeper.refused, **answer["refused"]}
-            if to:
-                door.send_multipart([to, pack({"protocol": PROTOCOL, **answer})])
+        _send(door, out)
         log.write(coordinator)
         if endpoint is not None and now - endpoint.refreshed >= REFRESH_S:
             endpoint.status, endpoint.refreshed = coordinator.status(now), now
@@ -108,6 +111,16 @@ def _metrics(settings: Settings) -> Endpoint | None:
     except ConfigError as error:
         print(f"moe-launch: {error}; this job runs without /metrics", file=sys.stderr, flush=True)
         return None
+
+
+def _send(door: zmq.Socket, out: Out) -> None:
+    packed: dict[int, bytes] = {}  # one message for many ranks is turned into bytes once
+    for to, answer in out:
+        if to:
+            data = packed.get(id(answer))
+            if data is None:
+                data = packed[id(answer)] = pack({"protocol": PROTOCOL, **answer})
+            door.send_multipart([to, data])
 
 
 def _bind(door: zmq.Socket, where: str) -> None:
@@ -152,7 +165,7 @@ def in_words(event: dict[str, Any]) -> str:
     """An event for people, or "" for what only the log needs."""
     match event["event"]:
         case "view":
-            return f"view {event['number']}: ranks {', '.join(map(str, event['members']))} ({event['why']})"
+            return f"view {event['number']}: ranks {in_short(event['members'])} ({event['why']})"
         case "settled" if event["outage_s"]:
             return f"view {event['view']}: all its ranks work again after {event['outage_s']:.2f} s"
         case "note":
@@ -168,6 +181,18 @@ def in_words(event: dict[str, Any]) -> str:
         case "end" if event["why"]:
             return event["why"]
     return ""
+
+
+def in_short(numbers: Sequence[int]) -> str:
+    """0, 1, 5-999"""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    told = [f"{a}" if a == b else f"{a}, {b}" if b == a + 1 else f"{a}-{b}" for a, b in runs]
+    return ", ".join(told[:50]) + (" ..." if len(told) > 50 else "")
 
 
 def main() -> int:
