@@ -21,7 +21,8 @@ class Job:
 
     target: the worker's arguments. files: what every node must have, the same. wait_s: for all nodes to come.
     max_restarts: how often all ranks are started again after one failed; attempt: how often they were.
-    one_terminal: all agents write to one place, so only node 0 tells what concerns the whole job. tee: see is_shown.
+    stopped_s: how long SIGSTOP may keep a rank from running where there are restarts. one_terminal: all agents write to
+    one place, so only node 0 tells what concerns the whole job. tee: see is_shown.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Job:
     tee: str | None = None
     max_restarts: int = 0
     attempt: int = 0
+    stopped_s: float = 3.0
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -72,6 +72,7 @@ def make_job(
         one_terminal=options.engine in ("ssh", "slurm"),
         tee=options.tee,
         max_restarts=options.max_restarts,
+        stopped_s=options.silence,
     )
 
 

@@ -42,7 +42,7 @@ def add_launch_options(group: Any) -> None:
     lost += "checkpoint again (reload), or left out (renormalise: other results, said). --max-restarts then starts the "
     lost += "lost ranks alone again (default: fail)"
     add(group, "--on-loss", choices=ON_LOSS, default="fail", help=lost)
-    silent = "of a rank, after which it is taken for lost (default: 3)"
+    silent = "of a rank (with --max-restarts: stopped), after which it is taken for lost (default: 3)"
     add(group, "--silence", type=seconds, default=3.0, metavar="SECONDS", help=silent)
     add(group, "--threads-per-rank", type=at_least_1, metavar="N", help="OMP_NUM_THREADS (default: cores / ranks)")
     wait = "from asking a rank to stop to killing it (default: 10)"
