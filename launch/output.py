@@ -105,8 +105,12 @@ def failure_text(
     return "\n".join([f"{first}: {ending}{hint} (log: {log})", heading, *(found or stderr_tail[-10:])])
 
 
+_OF_TORCH = re.compile(r"^\[rank\d+\]: ?")  # torch.distributed, where it has a group, puts it before tracebacks
+
+
 def last_traceback(lines: Sequence[str]) -> list[str]:
     """The last Python traceback in some lines, with the exceptions it was chained to; [] when there is none."""
+    lines = [_OF_TORCH.sub("", line) for line in lines]
     starts = [n for n, line in enumerate(lines) if line.startswith(("Traceback (most recent", "Fatal Python error:"))]
     if not starts:
         return []

@@ -108,7 +108,9 @@ class Ranks:
             failures = []
         for rank, code in failures:
             ranks[str(rank)] = f"failed ({code})"
-        told = [self._failure(rank, code) for rank, code in failures] or [self._failure(-1, ended)]
+        # torchrun's agent ends the others with SIGTERM: what came of that is no cause.
+        causes = [failure for failure in failures if failure[1] != -signal.SIGTERM] or failures
+        told = [self._failure(rank, code) for rank, code in causes] or [self._failure(-1, ended)]
         return {"ranks": ranks, **min(told, key=lambda failure: failure["blames_peer"])}
 
     def stop(self, timeout: float) -> str:

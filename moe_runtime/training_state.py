@@ -118,7 +118,7 @@ class Checkpoints:
     def _wait(self) -> None:
         """Until no rank is writing. Looks in ticks: a slow disk keeps nobody waiting in one exchange.
 
-        A disk may be slow for all. Raises once the same ranks have kept others waiting for `timeout_s`.
+        A disk may be slow for all. Raises once the same ranks have kept others waiting for `timeout_s`, or twice that.
         """
         writing = self._writing
         if writing is None:
@@ -132,10 +132,10 @@ class Checkpoints:
             if not any(busy for busy, *_ in told):
                 break
             writing.hear({rank: failure for rank, (busy, failure, *_) in enumerate(told) if failure and not busy})
-            now_late = _keep_others_waiting([busy for busy, *_ in told], [in_part for _, _, in_part, _ in told])
+            now_late, most = _keep_others_waiting([busy for busy, *_ in told], [in_part for _, _, in_part, _ in told])
             if now_late != late:
                 late, since = now_late, time.monotonic()
-            elif late and told[0][3] > self._runtime.config.timeout_s:  # rank 0's clock is everybody's
+            elif late and told[0][3] > most * self._runtime.config.timeout_s:  # rank 0's clock is everybody's
                 raise self._late(late, writing.final, told[0][3])
         self._writing = None
         first = next((rank for rank, (_, failure, *_) in enumerate(told) if failure and rank), None)
@@ -273,12 +273,15 @@ class _Publish:
             time.sleep(_TICK_S / 2)
 
 
-def _keep_others_waiting(busy: list[bool], in_part: list[bool]) -> list[int]:
-    """Ranks that write their parts where others are done with theirs; where all are, those (rank 0) that publish."""
+def _keep_others_waiting(busy: list[bool], in_part: list[bool]) -> tuple[list[int], int]:
+    """Ranks that write their parts where others are done with theirs; where all are, those (rank 0) that publish.
+
+    And how many `timeout_s` that may last: of two, rank 0 may spend one waiting for the others' notes.
+    """
     late = [rank for rank, writes in enumerate(in_part) if writes]
     if late:
-        return late if len(late) < len(in_part) else []
-    return [rank for rank, is_busy in enumerate(busy) if is_busy]
+        return (late, 1) if len(late) < len(in_part) else ([], 1)
+    return [rank for rank, is_busy in enumerate(busy) if is_busy], 2
 
 
 def _list(folder: Path) -> list[int]:

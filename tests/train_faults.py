@@ -47,7 +47,7 @@ class Fault:
     step: int
     delay: float
     found: float = float("nan")  # seconds from the fault until the launcher says so
-    next_step: float = float("nan")  # seconds from the fault to the first step after it
+    next_step: float = float("nan")  # seconds from the fault to the first step after it; none before the next fault
     wrong: list[str] = field(default_factory=list)
 
     def row(self) -> str:
