@@ -95,6 +95,7 @@ def run_ranks(
         running.append(_Running(rank, number, log_dir, events, console, clean_stdout, exact, shown))
         watch(running[-1].process.pid)
 
+    ending: Over | _Failure | _Running | int | None
     with signals_to(events), _guard() as watch, keep(events) if keep else nullcontext() as keeper:
         try:
             for number, rank in enumerate(ranks):
