@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import time
@@ -157,3 +158,16 @@ def test_torchruns_agent_names_the_rank_that_another_waited_for(tmp_path):
     result = torchrun_of_one_node(tmp_path, "--shutdown-timeout", "2", script(tmp_path, hangs + WAITS))
     assert result.returncode == 1, result.stderr
     assert "rank 1 failed first, by what rank 0 (node 0, 127.0.0.1) says: exit code 1" in result.stderr
+
+
+def late_rank_0() -> None:
+    if os.environ["RANK"] == "0":
+        time.sleep(20)
+    with moe_runtime.init({"timeout_s": 2, "transport": "shm"}):
+        pass
+
+
+def test_a_rank_0_that_never_opens_the_store_is_who_was_waited_for():
+    with pytest.raises(RankFailed) as failed:
+        run_ranks(late_rank_0, 2)
+    assert blamed(str(failed.value).splitlines()) == (0,)

@@ -271,14 +271,14 @@ def test_a_kept_step_is_exported_for_transformers_without_training(folder, long_
 def test_faults_at_several_places_leave_the_losses_as_they_are_and_the_right_rank_is_named(tmp_path, monkeypatch):
     """A short part of `python tests/train_faults.py` (docs/training.md, "Under faults")."""
     monkeypatch.setitem(train_faults.DEADLINE_S, "local", 4)
-    drawn = [("stop", "checkpoint", (0, 1)), ("hang", "backward", (1,))]
+    drawn = [("kill", "before combine", (0,)), ("stop", "checkpoint", (0, 1)), ("hang", "backward", (1,))]
     faults = [
         train_faults.Fault(what, where, ranks, 4 + train_faults.WINDOW * n, 0.0)
         for n, (what, where, ranks) in enumerate(drawn)
     ]
     faults, right, said = train_faults.Bench(tmp_path / "faults").job(2, faults, "job")
     assert right and not any(fault.wrong for fault in faults), said
-    assert [fault.next_step > fault.found > 0 for fault in faults] == [True] * 2, said
+    assert [fault.next_step > fault.found > 0 for fault in faults] == [True] * 3, said
 
 
 # ---- what a user would see -------------------------------------------------------------------------------------------

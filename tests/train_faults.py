@@ -77,7 +77,7 @@ def draw_jobs(rounds: int, seed: int) -> list[tuple[int, list[Fault]]]:
         faults = [draw(pick, ranks, n, *drawn[first + n]) for n in range(min(each, rounds - first))]
         faults.sort(key=lambda fault: fault.where == "output")  # it comes once, at the end
         for n, fault in enumerate(faults):
-            fault.step += n * WINDOW
+            fault.step += n * WINDOW if fault.where != "output" else 0  # the newest checkpoint may be of the last step
         jobs.append((ranks, faults))
     return jobs
 
