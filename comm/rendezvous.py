@@ -141,7 +141,10 @@ def _staged(host: Transport, place: Place) -> Transport:
 
 def _store(world: environment.WorldEnvironment, timeout_s: float) -> dist.Store:
     address, port, listener = _endpoint(world)
-    store = open_store(address, port, listener, world.size, timeout_s)
+    try:
+        store = open_store(address, port, listener, world.size, timeout_s)
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        raise _no_store(world, address, port, timeout_s) from error
     return dist.PrefixStore(f"moe_runtime_shm_{world.attempt}", store)
 
 
@@ -174,6 +177,16 @@ def _meeting_point(world: environment.WorldEnvironment, timeout_s: float) -> tup
             ranks=(0,),
             phase="rendezvous",
         ) from error
+
+
+def _no_store(world: environment.WorldEnvironment, address: str, port: int, timeout_s: float) -> PeerTimeout:
+    return PeerTimeout(
+        f"rank {world.rank}, phase rendezvous: rank 0 did not open the store at {address}:{port} within "
+        f"{timeout_s:g} s; is it stuck, or not started?",
+        waiting_rank=world.rank,
+        ranks=(0,),
+        phase="rendezvous",
+    )
 
 
 def _endpoint(world: environment.WorldEnvironment) -> tuple[str, int, socket.socket | None]:

@@ -238,7 +238,9 @@ def _launch(
             ranks = _plan_ranks(options, cluster, job, target, attempt, secret)
             if options.on_loss != "fail":
                 return run_ranks(ranks, logs, **settings, keep=_keeper(options, len(ranks), logs, record))
-            return run_ranks(ranks, logs, **settings)
+            # Without restarts a stopped rank may be meant to go on later.
+            stopped_s = options.silence if options.max_restarts else None
+            return run_ranks(ranks, logs, **settings, stopped_s=stopped_s)
 
     ended = start(0, log_dir)
     if options.on_loss != "fail":  # restarts were those of single ranks

@@ -21,9 +21,10 @@ class Job:
 
     target: the worker's arguments. files: what every node must have, the same. wait_s: for all nodes to come.
     max_restarts: how often all ranks are started again after one failed; attempt: how often they were. on_loss: "fail",
-    or how the job goes on without ranks that are lost (words.ON_LOSS), after silence_s; its are started again.
-    metrics_port, drain_slower_than: see control/server.py.
-    one_terminal: all agents write to one place, so only node 0 tells what concerns the whole job. tee: see is_shown.
+    or how the job goes on without ranks that are lost (words.ON_LOSS); lost ranks are then started again alone.
+    silence_s: how long a rank may be silent, or stopped where there are restarts. metrics_port, drain_slower_than: see
+    control/server.py. one_terminal: all agents write to one place, so only node 0 tells what concerns the whole job.
+    tee: see is_shown.
     """
 
     name: str

@@ -1,7 +1,8 @@
 """The local engine: starts the ranks of one machine, relays their output, and leaves no process behind.
 
 It knows processes and pipes and nothing of what the ranks compute. Every rank leads its own session, so one signal
-reaches the rank and whatever it started. The first rank to fail decides the job's exit code.
+reaches the rank and whatever it started. The first rank to fail decides the job's exit code; whom its end is put down
+to is blame.py's to say.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple
 
 from ..core.errors import ConfigError
+from .blame import StoppedFor, blamed, culprit, is_stopped, last_error, where_it_is
 from .output import LineCutter, Sink, failure_text, is_shown
 from .process import say, signal_name, signals_to, start, start_guard
 from .worker import USER_ERROR_CODE
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     from .keeper import Keeper
 
 _DRAIN_SECONDS = 2.0  # for output still in the pipes after everyone was killed
+_LOOK_S = 0.5  # between looks whether ranks are stopped
+_CONSEQUENCE_S = 1.0  # after a failure that is put down to another rank, for that one's own or for others'
+_DUMP_S = 0.5  # for a rank that hangs to write where it is
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ def run_ranks(
     keep: Callable[[queue.SimpleQueue], Keeper] | None = None,
     first: int = 0,
     events: queue.SimpleQueue | None = None,
+    stopped_s: float | None = None,
 ) -> Ended:
     """Start all ranks, wait for them, return how the job ended.
 
@@ -79,7 +85,8 @@ def run_ranks(
     for byte, and everything else goes to stderr. tee: which lines are shown (is_shown). keep: of a job that survives
     losses: makes its keeper, which is given the events; then the coordinator says when the job is over. first: the
     first rank's number. events: who gives them takes signals himself and puts them there; else this must be the main
-    thread. Raises ConfigError when a rank or a log cannot be started.
+    thread. stopped_s: a rank that SIGSTOP has kept from running for so long has failed (its code is 128 + SIGSTOP);
+    None: others' deadlines find it. Raises ConfigError when a rank or a log cannot be started.
     """
     takes_signals = events is None
     events = events or queue.SimpleQueue()  # gets a rank that ended, a signal's number, or a keeper's word
@@ -92,6 +99,7 @@ def run_ranks(
         running.append(_Running(rank, number, log_dir, events, console, clean_stdout, exact, shown))
         watch(running[-1].process.pid)
 
+    ending: Over | _Failure | _Running | int | None
     with (
         signals_to(events) if takes_signals else nullcontext(),
         _guard() as watch,
@@ -102,7 +110,7 @@ def run_ranks(
                 extra = keeper.variables if keeper else {}
                 start_rank(number, replace(rank, env={**rank.env, **extra}))
             if keeper is None:
-                ending = _wait_for_ending(len(ranks), events)
+                ending = _wait_for_ending(running, events, stopped_s)
             else:
                 ending = _keep(running, events, keeper, start_rank, shutdown_timeout)
             if isinstance(ending, int):
@@ -162,6 +170,13 @@ class _Running:
     def is_over(self) -> bool:
         """The rank has ended and nobody holds its output any more."""
         return not any(thread.is_alive() for thread in self.threads)
+
+    def blames(self) -> tuple[int, ...] | None:
+        """Once it has ended: see blame.blamed. Only an uncaught exception, code 1, can put it down to others."""
+        if self.code != 1:
+            return None
+        self.threads[2].join(_DUMP_S)  # what it wrote last may still be in the pipe
+        return blamed(list(self.stderr_tail))
 
     def _wait(self, events: queue.SimpleQueue, log_file: IO[bytes]) -> None:
         # WNOWAIT leaves a zombie, which keeps the process group's number from going to a stranger until we reap it.
@@ -250,27 +265,93 @@ def _keep(
     return over if over is not None and over.why else None
 
 
-def _wait_for_ending(num_ranks: int, events: queue.SimpleQueue[_Running | int]) -> _Running | int | None:
+@dataclass(frozen=True)
+class _Failure:
+    """Why an attempt has ended. how: of a rank that has not ended itself. witness: who waited for it in vain."""
+
+    rank: _Running
+    code: int
+    how: str = ""
+    witness: _Running | None = None
+
+    def summary(self) -> str:
+        if not self.how:
+            return self.rank.summary()
+        lines = [f"{self.rank.label} failed first: {self.how} (log: {self.rank.log_path})"]
+        if stack := where_it_is(list(self.rank.stderr_tail)):
+            lines += ["where it was, the innermost call first:", *stack]
+        if self.witness is not None:
+            lines.append(f"{self.witness.label} waited for it: {last_error(list(self.witness.stderr_tail))}")
+        return "\n".join(lines)
+
+
+def _wait_for_ending(
+    running: list[_Running], events: queue.SimpleQueue[_Running | int], stopped_s: float | None
+) -> _Failure | int | None:
     """What ends the job: the first rank that fails, a signal to the launcher, or None when all ended well."""
-    for _ in range(num_ranks):
-        event = events.get()
-        if isinstance(event, int) or event.code != 0:
+    left = {rank.process.pid: rank for rank in running}
+    stopped = StoppedFor(max(1, round((stopped_s or 0.0) / _LOOK_S)))
+    while left:
+        try:
+            event = events.get(timeout=None if stopped_s is None else _LOOK_S)
+        except queue.Empty:
+            for pid in stopped.look(left):
+                how = f"stopped by SIGSTOP or its like for {stopped_s:g} s (process {pid})"
+                return _Failure(left[pid], 128 + signal.SIGSTOP, how)
+            continue
+        if isinstance(event, int):
             return event
+        if event.code != 0:
+            return _cause(event, running, events)
+        del left[event.process.pid]
     return None
+
+
+def _cause(first: _Running, running: list[_Running], events: queue.SimpleQueue[_Running | int]) -> _Failure | int:
+    """Who is to be named where `first` was the first to fail, or a signal that came meanwhile."""
+    failed: dict[int, tuple[int, ...] | None] = {}
+    event, ends = first, time.monotonic() + _CONSEQUENCE_S
+    while True:
+        if event.code != 0:
+            failed[event.number] = event.blames()
+        if None in failed.values() or all(rank.code != -1 for rank in running):
+            break
+        try:
+            got = events.get(timeout=max(0.0, ends - time.monotonic()))
+        except queue.Empty:
+            break
+        if isinstance(got, int):
+            return got
+        event = got
+    alive = {rank.number: rank for rank in running if rank.code == -1}
+    stopped = [number for number, rank in alive.items() if is_stopped(rank.process.pid)]
+    named = running[culprit(failed, alive, stopped)]
+    if named.code != -1:
+        return _Failure(named, named.code)
+    pid = named.process.pid
+    if named.number in stopped:
+        return _Failure(named, first.code, f"stopped by SIGSTOP or its like (process {pid})", first)
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGQUIT)  # to itself alone: it writes where it is (worker.py)
+    time.sleep(_DUMP_S)
+    return _Failure(named, first.code, f"it does not answer (process {pid})", first)
 
 
 def _stop(running: list[_Running], events: queue.SimpleQueue[_Running | int], timeout: float) -> list[str]:
     """SIGTERM to every rank's process group, SIGKILL after `timeout` seconds; returns who needed the latter.
 
+    SIGKILL at once to those that are stopped.
     Also after a good ending: a rank that is done may have left processes behind.
     """
     _signal_groups(running, signal.SIGTERM)
+    stopped = [rank for rank in running if rank.code == -1 and is_stopped(rank.process.pid)]
+    _signal_groups(stopped, signal.SIGKILL)  # they would not hear the other
     began = time.monotonic()
     while not all(rank.is_over() for rank in running) and time.monotonic() < began + timeout:
         with suppress(queue.Empty):
             if events.get(timeout=0.02) == signal.SIGINT and time.monotonic() > began + 1.0:
                 break  # a second Ctrl-C: the user will not wait (timeout(1) sends its signal twice at once)
-    killed = [rank.label for rank in running if rank.code == -1]
+    killed = [rank.label for rank in running if rank.code == -1 or rank in stopped]
     _signal_groups(running, signal.SIGKILL)
     deadline = time.monotonic() + _DRAIN_SECONDS
     for rank in running:

@@ -42,7 +42,7 @@ def add_launch_options(group: Any) -> None:
     lost += "checkpoint again (reload), or left out (renormalise: other results, said). --max-restarts then starts the "
     lost += "lost ranks alone again (default: fail)"
     add(group, "--on-loss", choices=ON_LOSS, default="fail", help=lost)
-    silent = "of a rank, after which it is taken for lost (default: 3)"
+    silent = "of a rank (with --max-restarts: stopped), after which it is taken for lost (default: 3)"
     add(group, "--silence", type=seconds, default=3.0, metavar="SECONDS", help=silent)
     port = "with --on-loss: Prometheus finds /metrics there, where the coordinator listens (default: 0, nowhere)"
     add(group, "--metrics-port", type=whole_number(0, 65535), default=0, metavar="PORT", help=port)

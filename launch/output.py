@@ -86,19 +86,31 @@ def is_shown(tee: str | None, rank: int, stream: str) -> bool:
     return bool(int(bits) & (1 if stream == "out" else 2))
 
 
-def failure_text(label: str, ending: str, code: int, stderr_tail: Sequence[str], log: object) -> str:
-    """What to tell of a rank that failed: a user's mistake in one line, anything else with its last traceback."""
+def failure_text(
+    label: str, ending: str, code: int, stderr_tail: Sequence[str], log: object, blames: Sequence[int] = ()
+) -> str:
+    """What to tell of a rank that failed: a user's mistake in one line, anything else with its last traceback.
+
+    blames: the ranks that it had lost or waited for, where their ends are not known.
+    """
     if code == USER_ERROR_CODE:
         told = [line for line in stderr_tail if "error: " in line] or stderr_tail or ["no message"]
         return f"{label} ended with {ending}: {told[-1]} (log: {log})"
     hint = "; was the machine out of memory?" if ending.endswith("SIGKILL") else ""
     found = last_traceback(stderr_tail)
     heading = "its last traceback:" if found else "its last lines on stderr:" if stderr_tail else "it wrote no stderr"
-    return "\n".join([f"{label} failed first: {ending}{hint} (log: {log})", heading, *(found or stderr_tail[-10:])])
+    first = f"{label} failed first"
+    if blames:
+        first = f"rank{'s'[: len(blames) != 1]} {', '.join(map(str, blames))} failed first, by what {label} says"
+    return "\n".join([f"{first}: {ending}{hint} (log: {log})", heading, *(found or stderr_tail[-10:])])
+
+
+_OF_TORCH = re.compile(r"^\[rank\d+\]: ?")  # torch.distributed, where it has a group, puts it before tracebacks
 
 
 def last_traceback(lines: Sequence[str]) -> list[str]:
     """The last Python traceback in some lines, with the exceptions it was chained to; [] when there is none."""
+    lines = [_OF_TORCH.sub("", line) for line in lines]
     starts = [n for n, line in enumerate(lines) if line.startswith(("Traceback (most recent", "Fatal Python error:"))]
     if not starts:
         return []

@@ -9,6 +9,7 @@ import json
 import os
 import selectors
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,8 @@ from typing import Any
 
 from ..core import environment
 from ..core.errors import ConfigError
-from .control import Message
+from .blame import StoppedFor, blamed, children, is_stopped, rank_of
+from .control import BEAT_S, Message
 from .job import Job, network_variables, ranks_secret, secret_file, visible_variables
 from .machine import available_cores
 from .output import LineCutter, Sink, failure_text, is_shown
@@ -51,6 +53,7 @@ class Ranks:
             raise ConfigError(f"--log-dir {job.log_dir}: {error.strerror} here; name a folder of every host") from None
         self._tails: dict[int, deque[str]] = {}
         self._told = False
+        self._stopped = StoppedFor(max(1, round(job.silence_s / BEAT_S)))
         sources = [self._pipe(rank, stream) for rank in range(self._count) for stream in ("out", "err")]
         threads = job.threads or max(1, available_cores() // self._count)
         # A key that follows from the job's name only would look like one and keep nobody out.
@@ -94,7 +97,7 @@ class Ranks:
         ended = self._process.poll()
         ranks = {str(self._first + n): "running" if ended is None else "ended" for n in range(self._count)}
         if ended is None:
-            return {"ranks": ranks}
+            return {"ranks": ranks, **self._stopped_rank()}
         self._told = True
         self._drain()
         if ended == 0:
@@ -105,13 +108,21 @@ class Ranks:
             failures = []
         for rank, code in failures:
             ranks[str(rank)] = f"failed ({code})"
-        told = [self._failure(rank, code) for rank, code in failures] or [self._failure(-1, ended)]
+        # torchrun's agent ends the others with SIGTERM: what came of that is no cause.
+        causes = [failure for failure in failures if failure[1] != -signal.SIGTERM] or failures
+        told = [self._failure(rank, code) for rank, code in causes] or [self._failure(-1, ended)]
         return {"ranks": ranks, **min(told, key=lambda failure: failure["blames_peer"])}
 
     def stop(self, timeout: float) -> str:
-        """SIGTERM to the ranks by way of torchrun's agent, SIGKILL after `timeout` seconds; who needed that, or ""."""
+        """SIGTERM to the ranks by way of torchrun's agent, SIGKILL after `timeout` seconds; who needed that, or "".
+
+        SIGKILL at once to those that are stopped: they would not hear the other.
+        """
         if self._guard.poll() is not None:
             return ""
+        for pid in filter(is_stopped, children(self._process.pid)):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         with suppress(ProcessLookupError):
             self._process.terminate()
         # torchrun's agent waits for those of other nodes once its own ranks are done, and hears no signal then.
@@ -130,6 +141,17 @@ class Ranks:
         shutil.rmtree(self._folder, ignore_errors=True)
         return killed
 
+    def _stopped_rank(self) -> Message:
+        """A failure, where restarts are allowed and SIGSTOP has kept a rank from running for long enough."""
+        if self._job.max_restarts <= 0:  # it may be meant to go on later
+            return {}
+        for pid in self._stopped.look(children(self._process.pid)):
+            rank = rank_of(pid)
+            how = f"stopped by SIGSTOP or its like for {self._job.silence_s:g} s (process {pid})"
+            why = f"rank {rank} ({self._where}) failed first: {how} (log: {self._log(-1 if rank is None else rank)})"
+            return {"code": 128 + signal.SIGSTOP, "why": why, "blames_peer": False}
+        return {}
+
     def _has_ranks(self) -> bool:
         return self._process.poll() is None and not set(marked(self._mark)) <= {self._process.pid}
 
@@ -137,9 +159,10 @@ class Ranks:
         tail = list(self._tails.get(rank, ()))
         ending = f"killed by {signal_name(-code)}" if code < 0 else f"exit code {code}"
         label = f"rank {rank} ({self._where})" if rank >= 0 else f"torchrun's agent ({self._where})"
+        blames = blamed(tail) if code == 1 else None
         code = 128 - code if code < 0 else code
-        blames = any(line.split(":")[0].endswith(("PeerLost", "PeerTimeout")) for line in tail[-5:])
-        return {"code": code, "why": failure_text(label, ending, code, tail, self._log(rank)), "blames_peer": blames}
+        why = failure_text(label, ending, code, tail, self._log(rank), blames or ())
+        return {"code": code, "why": why, "blames_peer": blames is not None}
 
     def _log(self, rank: int) -> Path:
         return self._log_dir / (f"rank_{rank}.log" if rank >= 0 else "torchrun.log")

@@ -32,6 +32,7 @@ def main() -> int:
     _write_to(take_output())
     take_restarts()
     faulthandler.enable()
+    faulthandler.register(signal.SIGQUIT)  # the launcher asks a rank that hangs where it is (local.py)
     sys.excepthook = _show_without_shim
     try:
         _run(sys.argv[1:])

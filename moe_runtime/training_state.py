@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from . import state_files as files
 from .comm.wire import all_gather_message
-from .core.errors import CheckpointError, ConfigError
+from .core.errors import CheckpointError, ConfigError, MoeRuntimeError, PeerTimeout
 from .core.placement import Placement
 from .model import expert_layers
 from .runtime import Runtime
@@ -116,22 +116,41 @@ class Checkpoints:
     # ---- the ranks agree ----------------------------------------------------------------------------------------
 
     def _wait(self) -> None:
-        """Until no rank is writing. Looks in ticks: a slow disk keeps nobody waiting in one exchange."""
+        """Until no rank is writing. Looks in ticks: a slow disk keeps nobody waiting in one exchange.
+
+        A disk may be slow for all. Raises once the same ranks have kept others waiting for `timeout_s`, or twice that.
+        """
         writing = self._writing
         if writing is None:
             return
+        late: list[int] = []  # who keeps the others waiting
+        since = time.monotonic()  # when it became them
         while True:
             busy = writing.is_busy(_TICK_S)
-            told = all_gather_message(
-                self._runtime.transport, [busy, writing.failure], "wait for the training state on disk"
-            )
-            if not any(busy for busy, _ in told):
+            mine = [busy, writing.failure, writing.in_part, time.monotonic() - since if late else 0.0]
+            told = all_gather_message(self._runtime.transport, mine, "wait for the training state on disk")
+            if not any(busy for busy, *_ in told):
                 break
-            writing.hear({rank: failure for rank, (busy, failure) in enumerate(told) if failure and not busy})
+            writing.hear({rank: failure for rank, (busy, failure, *_) in enumerate(told) if failure and not busy})
+            now_late, most = _keep_others_waiting([busy for busy, *_ in told], [in_part for _, _, in_part, _ in told])
+            if now_late != late:
+                late, since = now_late, time.monotonic()
+            elif late and told[0][3] > most * self._runtime.config.timeout_s:  # rank 0's clock is everybody's
+                raise self._late(late, writing.final, told[0][3])
         self._writing = None
-        first = next((rank for rank, (_, failure) in enumerate(told) if failure and rank), None)
+        first = next((rank for rank, (_, failure, *_) in enumerate(told) if failure and rank), None)
         failure = told[0][1] or (f"rank {first}: {told[first][1]}" if first is not None else "")
         self.failure = f"{writing.final}: could not be written ({failure})" if failure else ""
+
+    def _late(self, late: list[int], final: Path, waited_s: float) -> MoeRuntimeError:
+        rank, phase = self._runtime.rank, "wait for the training state on disk"
+        said = (
+            f"rank {rank}, phase {phase}: waited {waited_s:.0f} s for ranks {late}, which still write {final} where "
+            "others are done; is a disk stuck? (raise timeout_s if it is only slow)"
+        )
+        if rank in late:
+            return MoeRuntimeError(said)
+        return PeerTimeout(said, waiting_rank=rank, ranks=tuple(late), phase=phase)
 
     def _conclude(self, step: int, problem: str) -> None:
         final = files.final_path(self.folder, step)
@@ -181,6 +200,7 @@ class _Writing:
     def __init__(self, partial: Path, rank: int, tensors: dict[str, torch.Tensor], publish: _Publish | None) -> None:
         self.final = partial.with_name(partial.name[1:].removesuffix(".partial"))
         self.failure = ""
+        self.in_part = True  # its own part is not on disk yet, nor given up
         self._partial, self._rank, self._tensors, self._publish = partial, rank, tensors, publish
         # A daemon: a run that ends by an error does not wait for ranks that are gone.
         self._thread = threading.Thread(target=self._run, name="training-state", daemon=True)
@@ -201,6 +221,7 @@ class _Writing:
         if failure:
             unsaid = _trying(lambda: files.write_failure(self._partial, self._rank, failure))
             failure += f"; its note could not be written ({unsaid})" if unsaid else ""
+        self.in_part = False
         if self._publish is not None:
             self.hear({0: failure} if failure else {})
             failure = _trying(self._publish.run)
@@ -250,6 +271,17 @@ class _Publish:
                     "must share the folder, and the disk must be fast enough"
                 )
             time.sleep(_TICK_S / 2)
+
+
+def _keep_others_waiting(busy: list[bool], in_part: list[bool]) -> tuple[list[int], int]:
+    """Ranks that write their parts where others are done with theirs; where all are, those (rank 0) that publish.
+
+    And how many `timeout_s` that may last: of two, rank 0 may spend one waiting for the others' notes.
+    """
+    late = [rank for rank, writes in enumerate(in_part) if writes]
+    if late:
+        return (late, 1) if len(late) < len(in_part) else ([], 1)
+    return [rank for rank, is_busy in enumerate(busy) if is_busy], 2
 
 
 def _list(folder: Path) -> list[int]:

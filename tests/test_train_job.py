@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import train_faults
 from ranks import RankFailed, run_ranks
 from test_jobs import CLUSTER, CONFIG, moe_launch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -265,6 +266,19 @@ def test_a_kept_step_is_exported_for_transformers_without_training(folder, long_
     assert all(torch.equal(value, exported.state_dict()[name]) for name, value in whole.state_dict().items())
     nothing = moe_launch("train", *words[:-1], "checkpoints=none-here", "--export", "x", cwd=folder)
     assert nothing.returncode == 2 and "there is no checkpoint to export" in nothing.stderr
+
+
+def test_faults_at_several_places_leave_the_losses_as_they_are_and_the_right_rank_is_named(tmp_path, monkeypatch):
+    """A short part of `python tests/train_faults.py` (docs/training.md, "Under faults")."""
+    monkeypatch.setitem(train_faults.DEADLINE_S, "local", 4)
+    drawn = [("kill", "before combine", (0,)), ("stop", "checkpoint", (0, 1)), ("hang", "backward", (1,))]
+    faults = [
+        train_faults.Fault(what, where, ranks, 4 + train_faults.WINDOW * n, 0.0)
+        for n, (what, where, ranks) in enumerate(drawn)
+    ]
+    faults, right, said = train_faults.Bench(tmp_path / "faults").job(2, faults, "job")
+    assert right and not any(fault.wrong for fault in faults), said
+    assert [fault.next_step > fault.found > 0 for fault in faults] == [True] * 3, said
 
 
 # ---- what a user would see -------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from ranks import run_ranks
 
 import moe_runtime
 from moe_runtime import state_files
-from moe_runtime.errors import CheckpointError, ConfigError
+from moe_runtime.errors import CheckpointError, ConfigError, MoeRuntimeError
 from moe_runtime.experts.placement import from_owners
 from moe_runtime.state_tensors import spread
 from moe_runtime.training_state import Checkpoints
@@ -382,6 +382,28 @@ def other_folder_on_rank_1(folder: Path) -> str:
 
 def test_rank_0_names_the_ranks_whose_part_does_not_come(tmp_path):
     assert "all hosts must share the folder" in run_ranks(other_folder_on_rank_1, 2, tmp_path)[0]
+
+
+def stuck_disk_on(rank: int, action: str, folder: Path) -> str:
+    """One rank's `action` on the disk never ends, as where a network disk has gone."""
+    with moe_runtime.init({"timeout_s": 2}) as runtime:
+        model, optimizer = make(runtime)
+        if runtime.rank == rank:
+            setattr(state_files, action, lambda *_: threading.Event().wait())
+        checkpoints = Checkpoints(runtime, folder)
+        checkpoints.save(1, model, optimizer, {})
+        with contextlib.redirect_stderr(io.StringIO()), pytest.raises(MoeRuntimeError) as raised:
+            checkpoints.close()
+        return f"{raised.type.__name__}: {raised.value}"
+
+
+@pytest.mark.parametrize(("rank", "action"), [(0, "write_part"), (1, "write_part"), (0, "publish")])
+def test_a_disk_that_is_stuck_for_one_rank_ends_the_wait_on_all_and_is_put_down_to_that_rank(tmp_path, rank, action):
+    said = run_ranks(stuck_disk_on, 3, rank, action, tmp_path)
+    for other, text in enumerate(said):
+        assert text.startswith("MoeRuntimeError: " if other == rank else "PeerTimeout: ")
+        assert f"rank {other}, phase" in text and f"s for ranks [{rank}], which still write" in text
+    assert not list(tmp_path.glob("step-*"))
 
 
 def refusals(folder: Path) -> None:
