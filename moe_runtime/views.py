@@ -94,7 +94,8 @@ def spread(placement: Placement, speeds: Sequence[float], closed: Sequence[int] 
     wanted[np.flatnonzero(is_open)[0]] += max(0, placement.num_experts - int(wanted.sum()))
     left = _trim(placement, np.minimum(held, wanted))
     room = [int(wanted[rank] - min(held[rank], wanted[rank])) for rank in range(placement.num_ranks)]
-    return grow(left, list(speeds), room)
+    made = grow(left, list(speeds), room)
+    return None if made.digest() == placement.digest() else made  # more ranks than slots: some hold none for good
 
 
 def _shares_of(total: int, weights: np.ndarray) -> np.ndarray:
