@@ -98,7 +98,8 @@ def spread(
     left = _trim(placement, np.minimum(held, wanted))
     room = [int(wanted[rank] - min(held[rank], wanted[rank])) for rank in range(placement.num_ranks)]
     grown = grow(left, list(speeds), room)
-    return _replicate(grown, wanted - np.bincount(grown.slot_rank, minlength=grown.num_ranks))
+    made = _replicate(grown, wanted - np.bincount(grown.slot_rank, minlength=grown.num_ranks))
+    return None if made.digest() == placement.digest() else made  # more ranks than slots: some hold none for good
 
 
 def _replicate(placement: Placement, extra: np.ndarray) -> Placement:

@@ -28,6 +28,10 @@ import numpy as np
 from moe_runtime.checkpoint import CheckpointReader
 from moe_runtime.comm.bridge import read_header
 from moe_runtime.comm.greeting import disagreement, read_hello
+from moe_runtime.comm.messages import pack, unpack
+from moe_runtime.control.agent import Agent
+from moe_runtime.control.coordinator import Coordinator
+from moe_runtime.control.words import problem_with
 from moe_runtime.core.cluster import load_cluster
 from moe_runtime.core.errors import CheckpointError, ConfigError
 from moe_runtime.experts import placement, traces
@@ -157,7 +161,16 @@ def as_msgpack(pick: random.Random, data: bytes) -> bytes:
 
 
 def targets(folder: Path) -> list[Target]:
-    made = [control(), *bridge(), cluster_file(folder), plan_file(folder), *trace_files(folder), *safetensors(folder)]
+    made = [
+        control(),
+        coordinator(),
+        agent(),
+        *bridge(),
+        cluster_file(folder),
+        plan_file(folder),
+        *trace_files(folder),
+        *safetensors(folder),
+    ]
     return [*made, manifest(folder), prompts(folder), token_array(folder), training(folder)]
 
 
@@ -192,6 +205,84 @@ def control() -> Target:
             to_bytes(answer)
 
     return Target("control messages", [msgpack.packb(example) for example in examples], run, (), as_msgpack)
+
+
+def coordinator() -> Target:
+    """Messages of somebody who has the job's secret, at any time of a job: a coordinator answers each, views only go
+    forward, and what people are told is bounded and JSON."""
+    rank = {"protocol": 1, "rank": 1, "mark": "m"}
+    hello = {**rank, "kind": "hello", "host": "h", "pid": 7, "view": 0, "members": [], "pids": [], "settled": False}
+    host = {"protocol": 1, "host": "h", "mark": "h"}
+    examples = [
+        hello,
+        {**hello, "rank": 0, "mark": "n"},
+        {**hello, "view": 3, "members": [0, 1], "pids": [6, 7], "settled": True, "draining": [1]},
+        {**rank, "kind": "beat", "view": 1, "knows": 1, "time": 1.5, "state": {"step": 1}, "metrics": {"a": 1.0}},
+        {**rank, "kind": "lost", "view": 1, "suspects": [0], "why": "w", "timed_out": True, "state": {}},
+        {**rank, "kind": "post", "view": 1, "key": "who", "value": b"v", "answered": False},
+        {**rank, "kind": "settled", "view": 1, "notes": ["n"]},
+        *({**rank, "kind": kind} for kind in ("ready", "done")),
+        {**rank, "kind": "drained", "of": 1},
+        {**rank, "kind": "stacks", "text": "t", "state": {}},
+        {**host, "kind": "host", "ranks": [1]},
+        {**host, "kind": "exited", "rank": 1, "pid": 7, "how": "signal 9"},
+        {"protocol": 1, "kind": "status"},
+        {"protocol": 1, "kind": "drain", "rank": 1},
+        {"protocol": 1, "kind": "stop", "why": "w"},
+    ]
+    jobs: list[Coordinator] = []
+    clock = [0.0]
+
+    def run(data: bytes) -> None:
+        clock[0] += 0.01
+        if not jobs or jobs[-1].state == "stopping" or len(jobs[-1].ranks) > 1000:
+            jobs[:] = [Coordinator(2, 3.0, clock[0], int(clock[0]) % 3)]
+        try:
+            message = unpack(data)
+        except ValueError:
+            message = None
+        job = jobs[-1]
+        before = job.view.number
+        out = job.receive(b"peer", message, clock[0]) + job.tick(clock[0] + 0.05)
+        for _, answer in out:
+            pack(answer)
+        assert job.view.number >= before
+        json.dumps([job.events, job.reports])
+        told = len(pack(job.status(clock[0])))
+        assert told < 2_000 + 20_000 * len(job.ranks), told
+        job.events, job.reports = [], []
+
+    return Target("coordinator messages", [msgpack.packb(example) for example in examples], run, (), as_msgpack)
+
+
+def agent() -> Target:
+    """What a coordinator says: an agent takes it or drops it, and its view only goes forward."""
+    heard = {"protocol": 1, "kind": "heard", "time": 0.5, "draining": [], "beat_s": 0.1}
+    examples = [
+        {**heard, "view": [2, [0, 1], "why", False, [6, 7]]},
+        {**heard, "joins": True},
+        {**heard, "stop": "over"},
+        {"protocol": 1, "kind": "table", "view": 2, "key": "who", "values": [b"a", b"b"]},
+        *({"protocol": 1, "kind": kind} for kind in ("again", "stacks")),
+        {"protocol": 1, "kind": "refused", "why": "w"},
+    ]
+    agents: list[Agent] = []
+
+    def run(data: bytes) -> None:
+        if not agents or agents[-1].must_end or agents[-1].newest and agents[-1].newest.number > 1 << 30:
+            agents[:] = [Agent(1, "m", "h", 7, 3.0, 0.0)]
+            agents[-1].post(2, "who", b"b")
+        one = agents[-1]
+        before = one.newest.number if one.newest else 0
+        try:
+            message = unpack(data)
+        except ValueError:
+            return
+        for answer in one.receive(message) + one.tick(1.0):
+            assert problem_with({"protocol": 1, **answer}) == ""
+        assert (one.newest.number if one.newest else 0) >= before and 0.0 < one._beat_s < 3.0
+
+    return Target("agent messages", [msgpack.packb(example) for example in examples], run, (), as_msgpack)
 
 
 def bridge() -> list[Target]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .words import LEASE, TO_RANK, Message, problem_with, view_of
+from .words import BEAT_S, LEASE, TO_RANK, Message, problem_with, view_of
 
 FIRST_S = 0.5  # between beats until the coordinator has said how often: many agents may start at once
 REPEAT_S = 1.0  # between two times that something unanswered is said
@@ -148,7 +148,7 @@ class Agent:
     def _heard(self, message: Message) -> None:
         self.acknowledged = max(self.acknowledged, message["time"])
         self.draining = message.get("draining", self.draining)
-        self._beat_s = min(message.get("beat_s", self._beat_s), LEASE * self.silence_s / 4)
+        self._beat_s = min(max(BEAT_S / 10, message.get("beat_s", self._beat_s)), LEASE * self.silence_s / 4)
         self.joins = self.joins or message.get("joins", False)
         if self.stopped is None:
             self.stopped = message.get("stop")

@@ -79,6 +79,8 @@ def problem_with(message: Any, kinds: dict[str, tuple[Fields, Fields]] = TO_COOR
             return f"a {kind} whose {name} is {type(value).__name__}, not {wanted.__name__}"
         if wanted is int and not 0 <= value < _LARGEST:
             return f"a {kind} whose {name} is out of range"
+        if wanted is float and not 0.0 <= value < _LARGEST:  # not a number neither
+            return f"a {kind} whose {name} is out of range"
         if wanted is list and name in _NUMBERS and not _are_numbers(value):
             return f"a {kind} whose {name} are not all whole numbers in range"
     if kind == "hello" and len(message["members"]) != len(message["pids"]):
@@ -92,7 +94,7 @@ def _are_numbers(values: list[Any]) -> bool:
 
 def view_of(told: list[Any]) -> tuple[int, tuple[int, ...], str, bool, tuple[int, ...]] | None:
     """A view as it is told to ranks, or None where it is none."""
-    if [type(part) for part in told] != [int, list, str, bool, list] or not _are_numbers(told[1] + told[4]):
+    if [type(part) for part in told] != [int, list, str, bool, list] or not _are_numbers([told[0], *told[1], *told[4]]):
         return None
     number, members, why, at_boundary, pids = told
     return (number, tuple(members), why, at_boundary, tuple(pids)) if len(members) == len(pids) else None
