@@ -77,7 +77,7 @@ class Rank:
         self.view = SimpleNamespace(number=0, ranks=(), placement=None)
         self.where, self.given, self.answer = "", None, None  # at what it waits, what it says there, what it is told
         self.over, self.result, self.error = False, None, None
-        self.transport, self.draining = self, []
+        self.transport, self.draining, self.progress = self, [], None
         self._go = threading.Event()
         self.job = SurvivingGeneration(self, Batch(self), world.requests, world.open_sink)
         self.thread = threading.Thread(target=self._main, daemon=True)

@@ -48,7 +48,8 @@ class SurvivingGeneration:
         self._finished: list[list[Any]] = []  # results that not all ranks have
         self._said: dict[int, int] = {}  # how many tokens of its sequences the others have been told of
         self._counted = [0, 0]  # tokens and requests of this rank, for people
-        metrics.watch_progress(batch.model, runtime.progress)
+        if runtime.progress is not None:
+            metrics.watch_progress(batch.model, runtime.progress)
         self._closed: set[int] = set()
         self._spreads = False  # a rank has come that held nothing
         self._slots: list[int] = []  # of each rank, in the latest round
@@ -128,7 +129,8 @@ class SurvivingGeneration:
                 self._counted[1] += len(ended)
         news = News(self._finished, self._new_tokens())
         message = [news.as_message(), runtime.next_view(), runtime.draining]
-        runtime.tell(metrics.collect(runtime, self._model, *self._counted))
+        if runtime.progress is not None:
+            runtime.tell(metrics.collect(runtime, self._model, *self._counted))
         said = all_gather_message(runtime.transport, message, "results")
         self._finished = []
         results = ledger.take([one for one, _, _ in said])

@@ -280,7 +280,7 @@ class Coordinator:
         out += self._weigh_reports(members, now)
         for number, (since, why) in list(self._fencing.items()):
             rank = self.ranks[number]
-            heard = self._hosts.get(rank.host, (b"", 0.0))[1]
+            heard = self._hosts.get(rank.host, (b"", now))[1]
             # Where its host does not answer either, the rank has ended by itself once it has been silent for so long.
             if now - since > (FENCE_S if now - heard < HOST_S else 0.0) and now - rank.heard > self.silence_s:
                 self._gone(rank, why, now)
