@@ -84,6 +84,10 @@ def environment(extra: dict[str, str]) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS), **extra}
 
 
+class JobOver(Exception):
+    """It had nothing left to do: `Job.end` says whether all is right."""
+
+
 class Job:
     """One running job, and what can be done to it."""
 
@@ -135,7 +139,7 @@ class Job:
             if number > above and (size is None or len(members) == size):
                 return number, members
             if self.process.poll() is not None:
-                raise AssertionError(f"the job has ended ({self.process.returncode}): {self.tail()}")
+                raise JobOver(f"the job has ended ({self.process.returncode}): {self.tail()}")
             time.sleep(0.02)
         raise AssertionError(f"no view above {above} of {size} ranks within {SETTLES_S:g} s: {self.tail()}")
 
@@ -169,6 +173,8 @@ class Job:
         while time.monotonic() < ends:
             with contextlib.suppress(OSError, ValueError):
                 return float((self.folder / f"{rank}.at").read_text())
+            if self.process.poll() is not None:
+                raise JobOver(f"the job has ended ({self.process.returncode}) before rank {rank} came to its fault")
             time.sleep(0.005)
         raise AssertionError(f"rank {rank} did not come to the point of its fault: {self.tail()}")
 
@@ -279,12 +285,13 @@ def one_life(files: Files, chance: random.Random, ranks: int, on_loss: str, tran
     """A job without restarts: faults until one rank is left, or as many as replicas allow."""
     job = Job(files, ranks, on_loss, 24, "--runtime", f"transport={transport}")
     number, members = job.wait_settled(0)
-    while len(members) > (ranks - 1 if on_loss == "replica" else 1) and len(job.faults) < 4:
-        time.sleep(chance.uniform(0.05, 0.6))
-        kind, struck = draw(chance, members, ranks - 1 if on_loss == "replica" else 1)
-        strike(job, kind, struck, chance)
-        if struck:
-            number, members = job.wait_settled(number, len(members) - len(struck))
+    with contextlib.suppress(JobOver):
+        while len(members) > (ranks - 1 if on_loss == "replica" else 1) and len(job.faults) < 4:
+            time.sleep(chance.uniform(0.05, 0.6))
+            kind, struck = draw(chance, members, ranks - 1 if on_loss == "replica" else 1)
+            strike(job, kind, struck, chance)
+            if struck:
+                number, members = job.wait_settled(number, len(members) - len(struck))
     job.end()
     return job.faults
 
@@ -303,30 +310,31 @@ def long_life(
     job = Job(files, ranks, on_loss, int(tokens / files.max_new), restarts=100000)
     number, members = job.wait_settled(0)
     ends = time.monotonic() + seconds
-    while len(job.faults) < faults and time.monotonic() < ends:
-        time.sleep(chance.uniform(0.1, 1.0))
-        if watch:
-            watch.look(job)
-        if job.process.poll() is not None:
-            break
-        keep = [rank for rank in members if rank != 0 or watch is None]  # a soak looks at one process all the time
-        kind, struck = draw(chance, keep, len(keep) - 1 if on_loss == "replica" else len(keep) - 2)
-        nested = chance.random()
-        if struck and nested < 0.15:
-            job.arm(struck[0], "rejoin", "kill")  # the process that takes its place
-        elif struck and nested < 0.3 and on_loss != "replica":
-            others = [rank for rank in keep if rank not in struck]
-            if others:
-                job.arm(others[0], "rebalance", "kill")
-        strike(job, kind, struck, chance)
-        if not struck:
-            continue
-        if nested < 0.15 and len(struck) == 1:
-            job.faults.append(Fault("rejoin: kill", struck, job.fired(struck[0])))
-        elif nested < 0.3 and on_loss != "replica" and others:
-            job.faults.append(Fault("rebalance: kill", (others[0],), job.fired(others[0])))
-        number, members = job.wait_settled(number, ranks)
-        moved(job, number)
+    with contextlib.suppress(JobOver):
+        while len(job.faults) < faults and time.monotonic() < ends:
+            time.sleep(chance.uniform(0.1, 1.0))
+            if watch:
+                watch.look(job)
+            if job.process.poll() is not None:
+                break
+            keep = [rank for rank in members if rank != 0 or watch is None]  # a soak looks at one process all the time
+            kind, struck = draw(chance, keep, len(keep) - 1 if on_loss == "replica" else len(keep) - 2)
+            nested = chance.random()
+            if struck and nested < 0.15:
+                job.arm(struck[0], "rejoin", "kill")  # the process that takes its place
+            elif struck and nested < 0.3 and on_loss != "replica":
+                others = [rank for rank in keep if rank not in struck]
+                if others:
+                    job.arm(others[0], "rebalance", "kill")
+            strike(job, kind, struck, chance)
+            if not struck:
+                continue
+            if nested < 0.15 and len(struck) == 1:
+                job.faults.append(Fault("rejoin: kill", struck, job.fired(struck[0])))
+            elif nested < 0.3 and on_loss != "replica" and others:
+                job.faults.append(Fault("rebalance: kill", (others[0],), job.fired(others[0])))
+            number, members = job.wait_settled(number, ranks)
+            moved(job, number)
     job.end(600.0)
     return job.faults
 
