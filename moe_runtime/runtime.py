@@ -486,6 +486,11 @@ class Runtime:
         if self._survival is not None:
             self._survival.member.metrics = metrics
 
+    def may_act(self) -> bool:
+        """Whether the others cannot have gone on without this rank: asked before writing where they may write. Where
+        they can, this process is about to be ended by its agent, or to be heard again."""
+        return self._survival is None or self._survival.member.may_act()
+
     def take_notes(self) -> list[str]:
         """What people should be told of the view that was entered last; once."""
         notes, self._survival.notes = self._survival.notes, []

@@ -30,7 +30,7 @@ import numpy as np
 
 TESTS = Path(__file__).resolve().parent
 MOE_LAUNCH = [sys.executable, "-m", "moe_runtime.launch.cli"]
-SETTLES_S = 60.0  # for all ranks to work again after a fault, the time to start a rank included
+SETTLES_S = 180.0  # for all ranks to work again after a fault, the time to start a rank included
 POINTS = ("dispatch", "experts", "combine")
 
 

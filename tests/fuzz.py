@@ -249,7 +249,7 @@ def coordinator() -> Target:
         assert job.view.number >= before
         json.dumps([job.events, job.reports])
         told = len(pack(job.status(clock[0])))
-        assert told < 10_000 + 20_000 * len(job.ranks), told
+        assert told < 10_000 + 100_000 * len(job.ranks), told
         job.events, job.reports = [], []
 
     return Target("coordinator messages", [msgpack.packb(example) for example in examples], run, (), as_msgpack)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -60,7 +61,8 @@ class HostAgent(threading.Thread):
             for rank, pid in unpack(link.recv())["fence"] if link.poll(50) else ():
                 if [rank, pid] not in self.fenced:
                     self.fenced.append([rank, pid])
-                    os.kill(pid, signal.SIGKILL)
+                    with suppress(ProcessLookupError):  # it was told to end, and has
+                        os.kill(pid, signal.SIGKILL)
                     link.send(pack({**about, "kind": "exited", "rank": rank, "pid": pid, "how": "was killed"}))
         link.close(linger=0)
         context.term()

@@ -82,6 +82,9 @@ class Rank:
         self.job = SurvivingGeneration(self, Batch(self), world.requests, world.open_sink)
         self.thread = threading.Thread(target=self._main, daemon=True)
 
+    def may_act(self) -> bool:
+        return True
+
     def _main(self) -> None:
         try:
             self.result = self.job.run()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ class SurvivingGeneration:
             fresh = [result for result in known if result[0] not in self._written]
         if self.sink is not None:  # before anything can break: nobody gives it these again
             self.sink.take(fresh)
-            self.sink.write()
+            self._write()
         # Who has come does not know what was done before, and a new writer may not have what was never written.
         sure = {n for n, result in ledger.done.items() if result is not None} | self._written
         ledger.agree(all_gather_message(runtime.transport, sorted(sure), "new view (results)")[writer])
@@ -136,12 +137,19 @@ class SurvivingGeneration:
         results = ledger.take([one for one, _, _ in said])
         if self.sink is not None:
             self.sink.take(results)
-            self.sink.write()
+            self._write()
         if all(view for _, view, _ in said):
             return self._enter(None)
         self._closed = set.intersection(*(set(closed) for _, _, closed in said))
         self._spread()
         return True
+
+    def _write(self) -> None:
+        """Others may write, too, where this process was held up for so long that they have gone on without it: then its
+        agent ends it."""
+        while not self.runtime.may_act():
+            time.sleep(0.02)
+        self.sink.write()
 
     def _new_tokens(self) -> list[list[Any]]:
         told = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 PROTOCOL = 1
+_MOST = 256
 MAX_BYTES = 1 << 20  # of a message
 MAX_STACKS = 1 << 16  # characters of one process's stacks
 ON_LOSS = ("fail", "replica", "reload", "renormalise")  # what a user can choose to happen when a rank is lost
@@ -101,11 +102,16 @@ def view_of(told: list[Any]) -> tuple[int, tuple[int, ...], str, bool, tuple[int
 
 
 def bounded(table: dict[Any, Any]) -> dict[str, Any]:
-    """What a rank says of itself, as far as people can be shown it: short names, numbers and short texts."""
-    short = {}
+    """What a rank says of itself, as far as people can be shown it: short names, numbers and short texts; lists of
+    numbers, and numbers by number (such as seconds by peer), _MOST of them at most."""
+    short: dict[str, Any] = {}
     for name, value in list(table.items())[:32]:
         if isinstance(value, str):
             value = value[:200]
-        if isinstance(name, str) and (value is None or isinstance(value, (bool, int, float, str))):
+        elif isinstance(value, list):
+            value = [item for item in value[:_MOST] if isinstance(item, (int, float))]
+        elif isinstance(value, dict):
+            value = {k: v for k, v in list(value.items())[:_MOST] if isinstance(k, int) and isinstance(v, (int, float))}
+        if isinstance(name, str) and (value is None or isinstance(value, (bool, int, float, str, list, dict))):
             short[name[:60]] = value
     return short
