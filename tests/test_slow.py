@@ -190,14 +190,15 @@ def watched_job(limit: float, world: World, looks: int) -> Coordinator:
         job.receive(b"%d" % number, {"protocol": PROTOCOL, "rank": number, "mark": "m", "kind": kind, **fields}, now)
 
     for number in range(world.size):
-        say(number, "hello", host="h", pid=number, view=0, members=[], settled=False)
+        say(number, "hello", host="h", pid=number, view=0, members=[], pids=[], settled=False)
+    job.tick(now)
     for number in range(world.size):
         say(number, "settled", view=1)
     for look in world.history(looks):
         for _ in range(int(EVERY_S / 0.5)):
             now += 0.5
             for number, metrics in look.metrics.items():
-                say(number, "beat", view=1, time=now, metrics=metrics)
+                say(number, "beat", view=1, knows=1, time=now, metrics=metrics)
             job.tick(now)
     return job
 
