@@ -12,6 +12,11 @@ from pathlib import Path
 
 import pytest
 from campaign import MOE_LAUNCH, Files, Job, cut, environment, long_life, marked, strike
+from strangers import Relay, dealer, listening
+from test_locks import attack
+
+from moe_runtime.control.client import Client
+from moe_runtime.control.words import MAX_BYTES
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +69,32 @@ def test_a_rank_is_drained_by_command_also_the_one_that_writes_results(files: Fi
     said = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False, env=environment({}))
     assert said.returncode == 0, said.stderr + job.tail()
     assert "rank 0 has left" in said.stdout
+    job.end()
+
+
+def test_strangers_at_the_coordinator_are_turned_away_and_counted_and_nothing_else_listens(files: Files) -> None:
+    job = Job(files, 3, "reload", 120)
+    job.wait_settled(0)
+    record = json.loads((Path.home() / f".cache/moe_runtime/jobs/{job.logs.name}.json").read_text())
+    (address, port), secret = record["coordinator"], bytes.fromhex(record["secret"])
+    relay = Relay(address, port)
+    client = Client(address, relay.port, secret)
+    assert client.ask({"kind": "status"}, 10)["refused"] == {}
+    attack(address, port, relay.sent)
+    for message in ({"kind": "status", "protocol": 99}, {"kind": "nonsense"}, {"kind": "drain", "rank": "1"}):
+        assert client.ask(message, 10)["kind"] == "refused"
+    with dealer(address, port, secret) as one:
+        one.send(b"\xc1")
+        one.send(b"x" * (MAX_BYTES + 1))
+        one.send(b"x" * 5 * MAX_BYTES)  # ends its connection
+        assert not one.poll(500)
+    refused = client.ask({"kind": "status"}, 10)["refused"]
+    client.close()
+    assert sum(count for reason, count in refused.items() if reason.startswith("connections")) >= 1000, refused
+    assert sum(count for reason, count in refused.items() if not reason.startswith("connections")) == 5, refused
+    listen = {pid: listening(pid) for pid in marked(job.mark)}
+    assert listen.pop(job.coordinator()) == {(address, port)} and address == "127.0.0.1"
+    assert not any(listen.values()), listen
     job.end()
 
 
