@@ -274,7 +274,7 @@ class SharedMemoryTransport(InHalves):
         self._unusable = self._unusable or "it is closed"
         for lane in self._lanes.values():
             lane.close(self._blamed)
-        self._lanes = {}
+        self._lanes, self._latest = {}, None  # what is under way holds the transport, and so its windows, in a circle
 
     # ---- moving bytes -------------------------------------------------------------------------------------------
 

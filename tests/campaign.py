@@ -179,18 +179,16 @@ class Job:
         raise AssertionError(f"rank {rank} did not come to the point of its fault: {self.tail()}")
 
     def outage(self, fault: Fault) -> float | None:
-        """From the fault to the first pass that a rank completes after the gap it made; of the ranks that it spared."""
+        """From the fault to the end of the first pass, of a rank that it spared, in the view without the lost ones."""
+        views = [e["time"] for e in self.events() if e["event"] == "view" and e["lost"] and e["time"] > fault.at]
+        if not fault.ranks or not views:
+            return None
         ends = []
         for path in self.folder.glob("*.passes"):
-            if int(path.name.split(".")[0]) in fault.ranks:
-                continue
-            times = np.frombuffer(path.read_bytes()[: path.stat().st_size // 8 * 8], dtype=np.float64)
-            times = times[(times > fault.at - 0.2) & (times < fault.at + 30)]
-            later = times[times > fault.at]
-            if len(times) > 1 and len(later):
-                gaps = np.diff(np.concatenate([[fault.at], later]))
-                ends.append(later[int(np.argmax(gaps[: np.searchsorted(later, fault.at + 15) or 1]))] - fault.at)
-        return min(ends) if ends else None
+            if int(path.name.split(".")[0]) not in fault.ranks:
+                times = np.frombuffer(path.read_bytes()[: path.stat().st_size // 8 * 8], dtype=np.float64)
+                ends += times[times > views[0]][:1].tolist()
+        return min(ends) - fault.at if ends else None
 
     def tail(self) -> str:
         return "\n" + "\n".join((self.folder / "log.txt").read_text().splitlines()[-25:])
