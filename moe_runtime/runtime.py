@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -436,6 +437,9 @@ class Runtime:
         """This rank works in the present view, and calls `recover` when one of survival.LOST is raised from here on."""
         if self._survival is None:
             raise ConfigError("no coordinator: start the job with moe-launch --on-loss")
+        if not self._survival.member.state.get("view"):
+            gc.collect()
+            gc.freeze()  # what was loaded stays: collecting what a view leaves behind takes milliseconds from here on
         self._survival.member.state["view"] = self.view.number
         self._survival.member.settled(self._survival.entered, notes)
 
@@ -570,6 +574,7 @@ class Runtime:
         if rebalancer is not None:
             rebalancer.follow(transport, self.rank_speeds)
         self.view = View(notice.number, notice.members, placement)
+        gc.collect()  # errors hold the frames that hold the transport that failed, and that its windows and files
 
     def _room(self, model: PreTrainedModel) -> int | None:
         """Slots that this rank has memory for, beside what it holds; None where the cluster file says no memory_gib."""
