@@ -90,10 +90,6 @@ class Keeper:
         """Another process has taken a rank's place: a coordinator that comes back must not take it for the old one."""
         self._exits = {pid: message for pid, message in self._exits.items() if message["rank"] != rank}
 
-    def stop(self, why: str) -> None:
-        """Have the job end."""
-        self._to_send.put({"kind": "stop", "why": why})
-
     def __enter__(self) -> Keeper:
         return self
 

@@ -63,7 +63,7 @@ class Survival:
         if kind not in _TRANSPORTS:
             raise ConfigError(f"--on-loss {settings.on_loss}: transport {kind} cannot take up new views; use auto")
         self.settings, self.number, self._kind, self._about = settings, number, kind, about
-        self.timeout_s = timeout_s
+        self.timeout_s, self._patience_s = timeout_s, max(timeout_s, PATIENCE_S)
         self.member = Member(
             settings.address,
             settings.port,
@@ -80,11 +80,11 @@ class Survival:
 
     def first(self) -> Notice | None:
         """The view the job begins with; None where it has begun and this rank is one more."""
-        return self.member.first_view(max(self.timeout_s, PATIENCE_S))
+        return self.member.first_view(self._patience_s)
 
     def next(self) -> Notice:
         """The view after the one entered last. Waits for it."""
-        return self.member.await_view(self.entered, max(self.timeout_s, PATIENCE_S))
+        return self.member.await_view(self.entered, self._patience_s)
 
     def report(self, members: Sequence[int], error: Exception) -> None:
         """Tell the coordinator whom an exchange of the view entered last was lost by. members: of that view."""
@@ -111,8 +111,7 @@ class Survival:
         if len(said) == 1:
             made: Transport = LocalTransport(self.timeout_s)
         elif one_host and self._kind != "zeromq":
-            store = _Table(self, notice)
-            made = SharedMemoryTransport(store, position, len(said), self.timeout_s, interruption=interruption)
+            made = SharedMemoryTransport(_Table(self), position, len(said), self.timeout_s, interruption=interruption)
         elif self._kind == "shm":
             raise ConfigError("transport shm: the ranks are not on one host; use auto or zeromq")
         else:
@@ -132,10 +131,11 @@ class Survival:
         return StagedTransport(made) if isinstance(made, SharedMemoryTransport) and place.device.type != "cpu" else made
 
     def _exchange(self, key: str, value: Any) -> list[Any]:
-        return [
-            unpack(data)
-            for data in self.member.exchange(self.entered, key, pack(value), max(self.timeout_s, PATIENCE_S))
-        ]
+        return [unpack(data) for data in self.exchange(key, pack(value))]
+
+    def exchange(self, key: str, value: bytes) -> list[bytes]:
+        """Every member's value of the view that is being built, in rank order. Raises as Member.exchange."""
+        return self.member.exchange(self.entered, key, value, self._patience_s)
 
     def _interrupt(self, newest: Notice) -> None:
         """In the agent's thread: whatever waits in an older view ends."""
@@ -157,13 +157,13 @@ class Survival:
 class _Table:
     """What SharedMemoryTransport needs of a store: every rank sets one value, and all get all."""
 
-    def __init__(self, survival: Survival, notice: Notice) -> None:
-        self._survival, self._size = survival, len(notice.members)
+    def __init__(self, survival: Survival) -> None:
+        self._survival = survival
         self._values: dict[str, bytes] = {}
 
     def set(self, key: str, value: str) -> None:
         name = key.rpartition("/")[0]
-        values = self._survival.member.exchange(self._survival.entered, name, value.encode(), PATIENCE_S)
+        values = self._survival.exchange(name, value.encode())
         self._values = {f"{name}/{place}": one for place, one in enumerate(values)}
 
     def wait(self, keys: list[str], timeout: timedelta) -> None:
