@@ -58,25 +58,16 @@ def meet(
             'bridge_encryption = "on": there is no secret to derive keys from; start with moe-launch, or set '
             "MOE_RUNTIME_JOB_SECRET to the same value on all ranks"
         )
-    context = zmq.Context()
     host = bind or (address if is_loopback(address) else address_towards(address, port))
-    lock = BridgeLock(context, size, rank, secret, encrypt)
-    try:
-        inbox = open_socket(context, zmq.ROUTER)
-        lock.guard(inbox, CHUNK_BYTES, rows=True)
-        own_port = inbox.bind_to_random_port(f"tcp://{host}")
-        mine = {"rank": rank, "size": size, "endpoint": f"tcp://{host}:{own_port}", "token": lock.token.hex()}
-        hello = {"protocol": PROTOCOL, "encrypted": encrypt, **mine, **about}
+
+    def through_rank_0(context: zmq.Context, lock: BridgeLock, place: dict[str, Any]) -> list[dict[str, Any]]:
+        hello = {"protocol": PROTOCOL, "encrypted": encrypt, "rank": rank, "size": size, **place, **about}
         ends = time.monotonic() + deadline_s
         if rank == 0:
-            table = gather_world(context, lock, size, address, port, hello, ends, deadline_s)
-        else:
-            table = report_to_rank_0(context, lock, rank, address, port, hello, ends, deadline_s)
-        return BridgeTransport(context, inbox, host, rank, table, deadline_s, lock)
-    except BaseException:
-        lock.close()
-        context.destroy(linger=0)
-        raise
+            return gather_world(context, lock, size, address, port, hello, ends, deadline_s)
+        return report_to_rank_0(context, lock, rank, address, port, hello, ends, deadline_s)
+
+    return _join(through_rank_0, rank, size, host, deadline_s, secret, encrypt, Interruption())
 
 
 def meet_through(
@@ -91,15 +82,34 @@ def meet_through(
 ) -> BridgeTransport:
     """As `meet`, for ranks that have another authenticated way to hand each other their addresses: `exchange` gives
     every rank's entry, in rank order. host: the address of this rank that the others reach."""
+
+    def through(context: zmq.Context, lock: BridgeLock, place: dict[str, Any]) -> list[dict[str, Any]]:
+        table = exchange({**place, "encrypted": encrypt})
+        if len({entry["encrypted"] for entry in table}) > 1:
+            raise ConfigError("bridge_encryption differs between ranks; give all the same")
+        return table
+
+    return _join(through, rank, size, host, deadline_s, secret, encrypt, interruption)
+
+
+def _join(
+    exchange: Callable[[zmq.Context, BridgeLock, dict[str, Any]], list[dict[str, Any]]],
+    rank: int,
+    size: int,
+    host: str,
+    deadline_s: float,
+    secret: bytes | None,
+    encrypt: bool,
+    interruption: Interruption,
+) -> BridgeTransport:
+    """Listen for rows, have `exchange` hand out where (endpoint and token) and give every rank's, and connect."""
     context = zmq.Context()
     lock = BridgeLock(context, size, rank, secret, encrypt)
     try:
         inbox = open_socket(context, zmq.ROUTER)
         lock.guard(inbox, CHUNK_BYTES, rows=True)
         own_port = inbox.bind_to_random_port(f"tcp://{host}")
-        table = exchange({"endpoint": f"tcp://{host}:{own_port}", "token": lock.token.hex(), "encrypted": encrypt})
-        if len({entry["encrypted"] for entry in table}) > 1:
-            raise ConfigError("bridge_encryption differs between ranks; give all the same")
+        table = exchange(context, lock, {"endpoint": f"tcp://{host}:{own_port}", "token": lock.token.hex()})
         return BridgeTransport(context, inbox, host, rank, table, deadline_s, lock, interruption)
     except BaseException:
         lock.close()
