@@ -39,9 +39,10 @@ def status(*metrics: dict) -> dict:
     job = Coordinator(len(metrics), 3.0, 0.0)
     for number, told in enumerate(metrics):
         about = {"protocol": PROTOCOL, "rank": number, "mark": "m"}
-        hello = {"kind": "hello", "host": ODD, "pid": 1, "view": 0, "members": [], "settled": False}
+        hello = {"kind": "hello", "host": ODD, "pid": 1, "view": 0, "members": [], "pids": [], "settled": False}
         job.receive(b"%d" % number, {**about, **hello}, 1.0)
-        job.receive(b"%d" % number, {**about, "kind": "beat", "view": 0, "time": 1.0, "metrics": told}, 1.5)
+        job.receive(b"%d" % number, {**about, "kind": "beat", "view": 0, "knows": 0, "time": 1.0, "metrics": told}, 1.5)
+    job.tick(1.6)
     job.outages += [0.5, 0.25]
     job.watch.slow[1, "link"] = Slow(1, "link", 4.5, "why")
     return job.status(2.0)
