@@ -104,11 +104,10 @@ def place_of_rank(config: RuntimeConfig, cluster: Cluster | None, world: WorldEn
     """find_place of the rank that this process is, as settings and cluster file have it."""
     if cluster is None:
         return find_place(config.device, index=world.local_rank, deadline_s=config.timeout_s)
-    node = cluster.rank_nodes()[world.rank]
+    node = cluster.rank_nodes()[world.rank if world.like is None else world.like]
+    index = cluster.index_in_node(world.rank) if world.like is None else world.local_rank
     try:
-        return find_place(
-            config.device, node.vendor, node.emulate, cluster.index_in_node(world.rank), node.island, config.timeout_s
-        )
+        return find_place(config.device, node.vendor, node.emulate, index, node.island, config.timeout_s)
     except (ConfigError, VendorUnavailable) as error:
         named = not node.emulate and node.vendor != "auto"
         advice = f'; to have CPU ranks emulate one, set emulate = "{node.vendor}"' if named else ""

@@ -83,6 +83,11 @@ Works on every host that has a part in the job; ranks get SIGTERM, and SIGKILL a
     "drain": """examples:
   moe-launch drain generate-20261124-120000-4711 2
 For jobs that were started with --on-loss.""",
+    "grow": """examples:
+  moe-launch grow generate-20261124-120000-4711
+  moe-launch grow generate-20261124-120000-4711 --ranks 2 --like 0
+For jobs that were started with --on-loss. The new ranks load the model's dense part and join between two rounds;
+experts move to them while the job runs.""",
     "check": """examples:
   moe-launch check
   moe-launch check --vendor ascend --json > report.json
@@ -185,6 +190,12 @@ def _drain(options: argparse.Namespace) -> int:
     from . import status
 
     return status.drain(options)
+
+
+def _grow(options: argparse.Namespace) -> int:
+    from . import status  # zmq and msgpack, which other commands do not need
+
+    return status.grow(options)
 
 
 def _job_arguments(options: argparse.Namespace) -> list[str]:
@@ -435,6 +446,16 @@ def _parser() -> argparse.ArgumentParser:
     drained.add_argument(
         "--timeout", type=seconds, default=300.0, metavar="SECONDS", help="of the wait for its leaving"
     )
+
+    what = "Have a running job start more ranks; experts and work move to them."
+    grown = commands.add_parser("grow", help=what, description=what, epilog=_EXAMPLES["grow"])
+    grown.set_defaults(command=_grow)
+    grown.add_argument("job", metavar="JOB", help="as the launcher printed it")
+    grown.add_argument("--ranks", type=whole_number(1), default=1, metavar="N", help="how many (default: 1)")
+    beside = "on the host and node of this rank of the job (default: the last one)"
+    grown.add_argument("--like", type=whole_number(0), metavar="RANK", help=beside)
+    wait = "of the wait for their joining (default: 300)"
+    grown.add_argument("--timeout", type=seconds, default=300.0, metavar="SECONDS", help=wait)
 
     commands.add_parser("bench", help="Measure on this machine; see moe-launch bench --help.")
     return parser

@@ -24,7 +24,7 @@ from ..comm.locks import calls, job_keys
 from ..comm.messages import open_socket, pack, unpack, zmq
 from ..control.words import BEAT_S, MAX_BYTES, PROTOCOL, Message
 from ..core import environment
-from .local import Fence, Over
+from .local import Fence, More, Over
 from .process import say
 
 _QUICK_S, _QUICK_ENDS = 2.0, 5  # a coordinator that ends so soon, so often, is not started again
@@ -43,8 +43,9 @@ class Survival:
 
 
 class Keeper:
-    """events: gets Fence and Over. address, port: where the coordinator listens. host: a name that no other host of the
-    job has. serves: the coordinator runs here; else another host's keeper runs it. Use it as a context manager."""
+    """events: gets Fence, More and Over. address, port: where the coordinator listens. host: a name that no other host
+    of the job has. serves: the coordinator runs here; else another host's keeper runs it. Use it as a context manager.
+    """
 
     def __init__(
         self,
@@ -68,6 +69,7 @@ class Keeper:
         with os.fdopen(os.open(self._file, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
             json.dump(told, file)
         self._exits: dict[int, Message] = {}  # by process id: said again to a coordinator that has come back
+        self._started: set[int] = set()  # ranks that this host has started, or is about to
         self._to_send: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._mark = secrets.token_hex(8)
         self._done = threading.Event()
@@ -87,7 +89,9 @@ class Keeper:
         self._to_send.put(message)
 
     def started(self, rank: int) -> None:
-        """Another process has taken a rank's place: a coordinator that comes back must not take it for the old one."""
+        """A rank's process has been started. Where it takes another's place, a coordinator that comes back must not
+        take it for the old one."""
+        self._started.add(rank)
         self._exits = {pid: message for pid, message in self._exits.items() if message["rank"] != rank}
 
     def __enter__(self) -> Keeper:
@@ -146,12 +150,16 @@ class Keeper:
                 link.send(pack({**about, **self._to_send.get()}))
             if now - beaten >= BEAT_S:
                 beaten = now
-                link.send(pack({**about, "kind": "host", "ranks": []}))
+                link.send(pack({**about, "kind": "host", "ranks": sorted(self._started)}))
             if link.poll(20):
                 answer = unpack(link.recv())
                 for rank, pid in answer.get("fence", []):
                     if pid not in self._exits:
                         self._events.put(Fence(rank, pid))
+                for rank, like in answer.get("start", []):
+                    if rank not in self._started:
+                        self._started.add(rank)
+                        self._events.put(More(rank, like))
                 if answer.get("over") and not over:
                     over = True
                     self._events.put(Over(answer["why"]))

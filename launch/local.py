@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple
 
+from ..core import environment
 from ..core.errors import ConfigError
 from .blame import StoppedFor, blamed, culprit, is_stopped, last_error, where_it_is
 from .output import LineCutter, Sink, failure_text, is_shown
@@ -50,6 +51,14 @@ class Fence:
 
     rank: int
     pid: int
+
+
+@dataclass(frozen=True)
+class More:
+    """From a keeper: start one more rank, of this number, on the node of the rank `like`."""
+
+    rank: int
+    like: int
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,8 @@ def run_ranks(
         exact = number == 0 or keeper is not None  # any rank may come to write the results
         running.append(_Running(rank, number, log_dir, events, console, clean_stdout, exact, shown))
         watch(running[-1].process.pid)
+        if keeper is not None:
+            keeper.started(number)
 
     ending: Over | _Failure | _Running | int | None
     with (
@@ -230,8 +241,9 @@ def _keep(
     shutdown_timeout: float,
 ) -> Over | _Running | int | None:
     """What ends a job that survives losses: the coordinator's word, a mistake of the user's, or a signal. Lost ranks
-    are started again while `restarts` lasts."""
+    are started again while `restarts` lasts. What is wrong with an added rank is said, and ends nothing."""
     restarts, over, ends = keeper.survival.restarts, None, float("inf")
+    added: set[int] = set()
     while time.monotonic() < ends:
         try:
             event = events.get(timeout=None if over is None else max(0.0, ends - time.monotonic()))
@@ -245,17 +257,19 @@ def _keep(
             for one in running:
                 if one.process.pid == event.pid and one.code == -1:
                     _signal_groups([one], signal.SIGKILL)
+        elif isinstance(event, More):
+            added.add(event.rank)
+            _add(event, running, start_rank)
         else:
             keeper.exited(event.number, event.process.pid, event.ending)
-            if event.code == USER_ERROR_CODE:
+            if event.code == USER_ERROR_CODE and event.number not in added:
                 return event
             if event.code != 0 and over is None:
                 say(f"{event.label} has ended ({event.ending}); its log: {event.log_path}")
-                if restarts:
+                if restarts and event.code != USER_ERROR_CODE:
                     restarts -= 1
                     say(f"starting {event.label} again ({restarts} restarts left)")
                     start_rank(event.number, event.rank)
-                    keeper.started(event.number)
         if all(one.code != -1 for one in running):
             failed = [one for one in running if one.code != 0]
             if over is None and failed and len(failed) == len(running):
@@ -263,6 +277,20 @@ def _keep(
             if over is not None or not failed:
                 break
     return over if over is not None and over.why else None
+
+
+def _add(more: More, running: list[_Running], start_rank: Callable[[int, Rank], None]) -> None:
+    here = {one.number for one in running}
+    like = next((one.rank for one in running if one.number == more.like), None)
+    if like is None or more.rank in here:
+        say(f"rank {more.rank} is not started: rank {more.like} is none of this host's")
+        return
+    env = {**like.env, **environment.one_more(like.env, more.rank, more.like, len(here))}
+    say(f"starting rank {more.rank}, on the node of rank {more.like}")
+    try:
+        start_rank(more.rank, replace(like, env=env, label=f"rank {more.rank}"))
+    except ConfigError as error:
+        say(f"{error}; the job goes on without it")
 
 
 @dataclass(frozen=True)

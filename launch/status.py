@@ -86,6 +86,29 @@ def drain(options: argparse.Namespace) -> int:
     )
 
 
+def grow(options: argparse.Namespace) -> int:
+    """Have a running job start more ranks, and wait until they have joined."""
+    record = records.read(options.job)
+    like = {} if options.like is None else {"like": options.like}
+    answer = ask_coordinator(record, {"kind": "grow", "ranks": options.ranks, **like})
+    if answer["kind"] == "refused":
+        raise ConfigError(f"job {options.job}: {answer['why']}")
+    told, ends = ", ".join(map(str, answer["ranks"])), time.monotonic() + options.timeout
+    while time.monotonic() < ends:
+        status = ask_coordinator(record, {"kind": "status"})
+        if set(answer["ranks"]) <= set(status["members"]):
+            print(f"{options.job}: joined: {told}; view {status['view']}: ranks {status['members']}")
+            return 0
+        for rank in status["ranks"]:
+            if rank["rank"] in answer["ranks"] and rank["state"] == "ended":
+                number, logs = rank["rank"], record["log_dir"]
+                raise ConfigError(f"job {options.job}: rank {number} has ended; look at rank_{number}.log in {logs}")
+        time.sleep(0.2)
+    raise ConfigError(
+        f"job {options.job}: not all of the ranks {told} are in after {options.timeout:g} s; they go on joining"
+    )
+
+
 def ask_coordinator(record: dict[str, Any], message: Message, seconds: float = _ANSWER_S) -> Message:
     """The answer of the coordinator of a job that survives losses. Raises ConfigError where there is none."""
     if "coordinator" not in record:

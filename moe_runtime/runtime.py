@@ -79,7 +79,8 @@ class Runtime:
     def __init__(self, config: RuntimeConfig, world: environment.WorldEnvironment) -> None:
         self.config = config
         self._cluster: Cluster | None = load_cluster(config.cluster) if config.cluster else None
-        if self._cluster is not None and self._cluster.num_ranks != world.size:
+        self._like = world.rank if world.like is None else world.like  # whose node in the cluster file is ours
+        if self._cluster is not None and world.like is None and self._cluster.num_ranks != world.size:
             raise ConfigError(
                 f"cluster file {config.cluster} describes {self._cluster.num_ranks} ranks, {world.size} were started"
             )
@@ -121,9 +122,9 @@ class Runtime:
         claims = formats.claimed(self.place.vendor)
         if not self.place.emulated:
             claims = formats.seen(claims, self.device)
-        said = all_gather_message(transport, [self.place.kind, claims], "rendezvous (wire formats)")
-        self._rank_names = [f"rank {n} ({kind})" for n, (kind, _) in zip(self.view.ranks, said, strict=True)]
-        self._claims = [claims for _, claims in said]
+        said = all_gather_message(transport, [self.place.kind, claims, self._like], "rendezvous (wire formats)")
+        self._rank_names = [f"rank {n} ({kind})" for n, (kind, _, _) in zip(self.view.ranks, said, strict=True)]
+        self._claims, self._likes = [claims for _, claims, _ in said], [like for _, _, like in said]
 
     # ---- models -------------------------------------------------------------------------------------------------
 
@@ -273,16 +274,16 @@ class Runtime:
     @property
     def rank_speeds(self) -> list[float]:
         """Relative speed of each rank, as the cluster file has it; all 1 without one."""
-        speeds = self._cluster.rank_speeds() if self._cluster else []
-        return [speeds[number] if number < len(speeds) else 1.0 for number in self.view.ranks]
+        speeds = self._cluster.rank_speeds() if self._cluster else [1.0] * (1 + max(self._likes))
+        return [speeds[like] for like in self._likes]
 
     def _node(self) -> Node | None:
-        return self._cluster.rank_nodes()[self.number] if self._cluster else None
+        return self._cluster.rank_nodes()[self._like] if self._cluster else None
 
     def _node_names(self) -> list[str]:
         """The cluster file's node of each rank of the view; "" without one."""
-        nodes = self._cluster.rank_nodes() if self._cluster else []
-        return [nodes[number].name if number < len(nodes) else "" for number in self.view.ranks]
+        nodes = self._cluster.rank_nodes() if self._cluster else ()
+        return [nodes[like].name if nodes else "" for like in self._likes]
 
     def _dispatcher(
         self, placement: Placement, hidden: int, top_k: int, dtype: torch.dtype, digest: int | None = None

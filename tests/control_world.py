@@ -71,6 +71,7 @@ class World:
         self.hosts = {f"h{n}": Link() for n in range(hosts)}
         self.processes: list[Process] = []
         self.exits: dict[str, list[dict]] = {host: [] for host in self.hosts}
+        self.started: dict[str, set[int]] = {host: set() for host in self.hosts}
         self.peers_cut: set[frozenset[int]] = set()
         self.log: list[str] = []
         self.finished = self.loaded = False
@@ -218,7 +219,8 @@ class World:
 
     def _host_beats(self, host: str) -> None:
         if not self.hosts[host].cut and self.coordinator is not None:
-            self._up(self.hosts[host], host, {"kind": "host", "host": host, "mark": host, "ranks": []})
+            message = {"kind": "host", "host": host, "mark": host, "ranks": sorted(self.started[host])}
+            self._up(self.hosts[host], host, message)
 
     def _host_hears(self, host: str, answer: dict) -> None:
         for number, pid in answer.get("fence", []):
@@ -226,10 +228,17 @@ class World:
             assert process.number == number and process.host == host
             if process.alive:
                 self.end(process, "killed by its host")
+        for number, like in answer.get("start", []):
+            if number not in self.started[host]:
+                assert any(p.number == like and p.host == host for p in self.processes)
+                assert not any(p.number == number for p in self.processes), "a number was given twice"
+                self.start(number, host)
 
-    def start(self, number: int) -> Process:
+    def start(self, number: int, host: str = "") -> Process:
         self.next_pid += 1
-        host = f"h{number % len(self.hosts)}"
+        before = [p.host for p in self.processes if p.number == number]
+        host = host or (before[0] if before else f"h{number % len(self.hosts)}")
+        self.started[host].add(number)
         agent = Agent(number, f"m{self.next_pid}", host, self.next_pid, SILENCE_S, self.now)
         process = Process(number, self.next_pid, host, agent, since=self.now)
         self.processes.append(process)

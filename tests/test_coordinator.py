@@ -86,10 +86,13 @@ def fault(world: World) -> None:
             world._at(pick.choice((0.5, 3.0, 8.0)), lambda: world.peers_cut.discard(pair))
     elif kind == "drain" and world.coordinator is not None:
         world.say(f"drain {process.number}: {world.ask({'kind': 'drain', 'rank': process.number})}")
+    elif kind == "grow" and world.coordinator is not None:
+        message = {"kind": "grow", "ranks": pick.randint(1, 2), "like": process.number}
+        world.say(f"grow like {process.number}: {world.ask(message)}")
 
 
 KINDS = ("kill", "kill", "stop", "cut rank", "cut host", "cut host and ranks", "cut peers", "cut peers and host",
-         "coordinator", "coordinator", "start", "start", "drain", "drain", "finish")  # fmt: skip
+         "coordinator", "coordinator", "start", "start", "drain", "drain", "grow", "finish")  # fmt: skip
 
 
 def run_schedule(seed: int) -> World:
@@ -330,6 +333,36 @@ def test_a_drained_rank_that_does_not_leave_is_fenced():
     assert job.agents[1].must_end
     job.exits(job.agents[1])
     assert job.agents[0].tables["who"] == (2, [b"x"]) and job.view.number == 2
+
+
+def test_ranks_that_are_added_join_between_two_steps():
+    job = Job(2)
+    assert job.asks(kind="grow", ranks=1)["why"] == "who starts ranks on h is out of reach"
+    job.host({"kind": "host", "ranks": [0, 1]})
+    assert job.asks(kind="grow", ranks=2, like=0) == {"kind": "growing", "ranks": [2, 3]}
+    assert job.asks(kind="grow", ranks=1) == {"kind": "growing", "ranks": [4]}  # numbers are given once
+    about = {"protocol": PROTOCOL, "host": "h", "mark": "h", "kind": "host"}
+    ((_, told),) = job.coordinator.receive(b"host", {**about, "ranks": [0, 1]}, job.now)
+    assert told["start"] == [[2, 0], [3, 0], [4, 1]]
+    ((_, told),) = job.coordinator.receive(b"host", {**about, "ranks": [0, 1, 2, 3, 4]}, job.now)
+    assert told["start"] == []
+    new = job.comes(2)
+    assert new.joins and job.view.number == 1
+    job.host({"kind": "exited", "rank": 3, "pid": 9, "how": "exit code 2"})  # before it said a word
+    job.says(new, new.ready())
+    assert job.view.members == (0, 1, 2) and job.view.at_boundary and job.view.why == "rank 2 joins"
+    states = {rank["rank"]: rank["state"] for rank in job.asks(kind="status")["ranks"]}
+    assert states == {0: "member", 1: "member", 2: "member", 3: "ended"}
+    job.settle(2)
+    assert job.asks(kind="grow", ranks=1, like=2)["ranks"] == [5]
+
+
+def test_what_cannot_be_added_is_refused():
+    job = Job(2)
+    job.host({"kind": "host", "ranks": [0, 1]})
+    assert job.asks(kind="grow", ranks=0)["why"] == "0 ranks: from 1 to 64 can be added at once"
+    assert job.asks(kind="grow", ranks=65)["why"] == "65 ranks: from 1 to 64 can be added at once"
+    assert job.asks(kind="grow", ranks=1, like=7)["why"] == "rank 7 is not in view 1"
 
 
 def test_drains_that_cannot_be_are_refused_and_the_last_ranks_stay():

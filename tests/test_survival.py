@@ -72,6 +72,37 @@ def test_a_rank_is_drained_by_command_also_the_one_that_writes_results(files: Fi
     job.end()
 
 
+def grown(job: Job, *words: str) -> str:
+    """What `moe-launch grow` prints."""
+    words = (*MOE_LAUNCH, "grow", job.logs.name, *words)
+    said = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False, env=environment({}))
+    assert said.returncode == 0, said.stderr + job.tail()
+    return said.stdout
+
+
+def test_ranks_are_added_to_a_running_job_and_those_it_began_with_may_go(files: Files) -> None:
+    job = Job(files, 2, "reload", 200, "--rebalance")
+    job.wait_settled(0)
+    assert "joined: 2, 3;" in grown(job, "--ranks", "2")
+    number, members = job.wait_settled(0, 4)
+    assert members == [0, 1, 2, 3]
+    moved = wait_for_note(job, "experts have moved")
+    assert not moved.endswith(" 0] now") and " 0," not in moved.partition("before, ")[2], moved
+    strike(job, "any moment: kill two at once", (0, 1), random.Random(1))
+    assert job.wait_settled(number, 2)[1] == [2, 3]
+    job.end()
+
+
+def wait_for_note(job: Job, words: str) -> str:
+    ends = time.monotonic() + 60
+    while time.monotonic() < ends:
+        notes = [event["note"] for event in job.events() if event["event"] == "note" and words in event["note"]]
+        if notes:
+            return notes[-1]
+        time.sleep(0.1)
+    raise AssertionError(f"nobody said: {words}\n{job.tail()}")
+
+
 def test_strangers_at_the_coordinator_are_turned_away_and_counted_and_nothing_else_listens(files: Files) -> None:
     job = Job(files, 3, "reload", 120)
     job.wait_settled(0)

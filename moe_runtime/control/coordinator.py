@@ -29,6 +29,7 @@ Out = list[tuple[bytes, Message]]
 HOST_S = 1.0  # for who starts ranks on a host, who speaks ten times a second, to be taken for out of reach
 FENCE_S = 1.0  # for who started a rank to say that it has ended, once asked to kill it
 SUSPECT_S = 0.3  # from a report of a lost rank to believing it: an exit, or its own report, is often just behind
+MOST_AT_ONCE = 64  # ranks that are added by one request
 STACKS_S = 1.0  # for stacks of all ranks to come in, before one is killed
 MOST_REASONS = 50  # that are counted one by one
 LOADING_S = 30.0  # of silence while ranks load: importing and compiling can hold up an agent
@@ -91,6 +92,8 @@ class Coordinator:
         self.watch = Watch()  # for ranks that hold the others up
         self.outages: list[float] = []  # seconds, of each that is over
         self._hosts: dict[str, tuple[bytes, float]] = {}
+        self._started: dict[str, list[int]] = {}  # numbers of the ranks that each host has started
+        self._growing: dict[int, tuple[str, int]] = {}  # rank -> (host, like which rank), until its host has started it
         self._began = now
         self._posts: dict[str, dict[int, bytes]] = {}  # in the present view
         self._fencing: dict[int, tuple[float, str]] = {}  # rank -> (since, why), asked for and not confirmed
@@ -120,11 +123,14 @@ class Coordinator:
             return [(sender, {"kind": "refused", "why": problem})]
         kind = message["kind"]
         self.news = self.news or kind not in ("beat", "host", "post", "status")
-        if kind in ("status", "drain", "stop"):
+        if kind in ("status", "drain", "grow", "stop"):
             return [(sender, self._asked(kind, message, now))]
         if kind in ("host", "exited"):
             self._hosts[message["host"]] = (sender, now)
-            if kind == "exited":
+            if kind == "host":
+                self._started[message["host"]] = message["ranks"]
+                self._growing = {n: where for n, where in self._growing.items() if n not in message["ranks"]}
+            else:
                 self._exited(message["rank"], message["pid"], message["how"], now)
             return [(sender, self._for_host(message["host"]))]
         if self.state == "stopping":
@@ -504,6 +510,8 @@ class Coordinator:
             self._gone(rank, how, now, certain=True)
         elif rank is None and self.state == "starting":
             self._stop(f"rank {number}: {how}, before the job began", now)
+        elif rank is None:  # one that was to be added, before it had said a word
+            self.ranks[number] = _Rank(number, "", b"", "", pid, now, "ended")
 
     def _settled(self) -> bool:
         return all(self.ranks[n].view == self.view.number for n in self.view.members if n in self.ranks)
@@ -546,8 +554,9 @@ class Coordinator:
     def _for_host(self, host: str) -> Message:
         fence = [[n, self.ranks[n].pid] for n in self._fencing if n in self.ranks and self.ranks[n].host == host]
         over = {"over": True, "why": self.why} if self.state == "stopping" else {}
+        start = [[number, like] for number, (where, like) in self._growing.items() if where == host]
         members = list(self.view.members)
-        return {"kind": "host", "fence": fence, "view": self.view.number, "members": members, **over}
+        return {"kind": "host", "fence": fence, "start": start, "view": self.view.number, "members": members, **over}
 
     def _fences(self) -> Out:
         hosts = {self.ranks[number].host for number in self._fencing if number in self.ranks}
@@ -570,7 +579,26 @@ class Coordinator:
                 self.ranks[number].state = "draining"
             self._event("drain", now, rank=number)
             return {"kind": "draining", "rank": number}
+        if kind == "grow":
+            return self._grow(message["ranks"], message.get("like", max(self.view.members, default=0)), now)
         return self.status(now)
+
+    def _grow(self, count: int, like: int, now: float) -> Message:
+        """Have the host of rank `like` start more ranks. They join as those do that come back."""
+        if self.state != "running":
+            return {"kind": "refused", "why": f"the job is {self.state}"}
+        if like not in self.view.members:
+            return {"kind": "refused", "why": f"rank {like} is not in view {self.view.number}"}
+        if not 1 <= count <= MOST_AT_ONCE:
+            return {"kind": "refused", "why": f"{count} ranks: from 1 to {MOST_AT_ONCE} can be added at once"}
+        host = self.ranks[like].host
+        if now - self._hosts.get(host, (b"", -HOST_S))[1] >= HOST_S:
+            return {"kind": "refused", "why": f"who starts ranks on {host.split()[0]} is out of reach"}
+        taken = {*self.ranks, *self._growing, *(number for numbers in self._started.values() for number in numbers)}
+        numbers = list(range(max(taken) + 1, max(taken) + 1 + count))
+        self._growing |= {number: (host, like) for number in numbers}
+        self._event("grow", now, ranks=numbers, like=like, host=host)
+        return {"kind": "growing", "ranks": numbers}
 
     def status(self, now: float) -> Message:
         """Everything that people may want to see."""

@@ -176,6 +176,8 @@ def in_words(event: dict[str, Any]) -> str:
             return f"rank {event['rank']} holds the others up ({event['slow']}): {event['why']}"
         case "drain":
             return f"rank {event['rank']} is being drained"
+        case "grow":
+            return f"more ranks are started like rank {event['like']}: {in_short(event['ranks'])}"
         case "coordinator":
             return f"the coordinator has come back, in view {event['view']}"
         case "end" if event["why"]:

@@ -36,12 +36,13 @@ TO_COORDINATOR: dict[str, tuple[Fields, Fields]] = {
     "drained": ({**_OF_RANK, "of": int}, {}),
     "done": (_OF_RANK, {}),
     "stacks": ({**_OF_RANK, "text": str}, {"state": dict}),
-    # Who starts ranks on a host.
+    # Who starts ranks on a host. ranks: numbers of all that it has started.
     "host": ({**_OF_HOST, "ranks": list}, {}),
     "exited": ({**_OF_HOST, "rank": int, "pid": int, "how": str}, {}),
     # People.
     "status": ({}, {}),
     "drain": ({"rank": int}, {}),
+    "grow": ({"ranks": int}, {"like": int}),  # start more ranks, beside rank `like`
     "stop": ({}, {"why": str}),
 }
 # What a rank's agent is told. view: [number, members, why, at_boundary, pids]. beat_s: how often to beat.

@@ -35,6 +35,7 @@ class WorldEnvironment:
     master_port: int | None = None
     agent_store: bool = False  # the launcher already serves a TCPStore at master_addr:master_port
     attempt: int = 0  # how often the launcher has restarted the job's ranks
+    like: int | None = None  # of a rank that was added to a running job: on the node of which of the first ranks it is
 
 
 # Variables that mpirun, mpiexec.hydra and srun set: (launcher, rank, size, local rank, local size).
@@ -49,6 +50,7 @@ _LAUNCHER_PID = "MOE_RUNTIME_LAUNCHER_PID"
 OUTPUT = "MOE_RUNTIME_OUTPUT"  # a folder with the pipes that a node's ranks write to
 RESTARTS = "MOE_RUNTIME_RESTARTS"  # how often a job was started again, and how often at most: "1/3"
 SURVIVAL = "MOE_RUNTIME_SURVIVAL"  # the file that says where a job's coordinator is (survival.py)
+LIKE = "MOE_RUNTIME_LIKE_RANK"  # WorldEnvironment.like
 ENGINE_JOB = "MOE_RUNTIME_JOB"  # a job, for agents that an engine starts without a stdin of their own
 SECRET = "MOE_RUNTIME_JOB_SECRET"
 SECRET_FILE = "MOE_RUNTIME_JOB_SECRET_FILE"
@@ -94,6 +96,7 @@ def read_world(env: Mapping[str, str] | None = None) -> WorldEnvironment:
             port,
             agent_store=env.get("TORCHELASTIC_USE_AGENT_STORE", "False") == "True",
             attempt=_integer(env, "TORCHELASTIC_RESTART_COUNT", 0),
+            like=_integer(env, LIKE) if env.get(LIKE) else None,
         )
     for launcher, rank_name, size_name, local_rank_name, local_size_name in _OTHER_LAUNCHERS:
         if rank_name in env and size_name in env and _integer(env, size_name) > 1:
@@ -167,6 +170,18 @@ def rank_environment(
     if threads is not None and "OMP_NUM_THREADS" not in os.environ:
         variables["OMP_NUM_THREADS"] = str(threads)
     return variables
+
+
+def one_more(env: Mapping[str, str], rank: int, like: int, local_rank: int) -> dict[str, str]:
+    """What a rank that is added to a running job has otherwise in its environment than rank `like` beside it (env)."""
+    own = {name: str(rank) for name in ("RANK", "ROLE_RANK")}
+    own |= {name: str(rank + 1) for name in ("WORLD_SIZE", "ROLE_WORLD_SIZE")}
+    return {
+        **own,
+        "LOCAL_RANK": str(local_rank),
+        "LOCAL_WORLD_SIZE": str(local_rank + 1),
+        LIKE: env.get(LIKE, str(like)),
+    }
 
 
 def inherited(extra: Mapping[str, str]) -> dict[str, str]:
