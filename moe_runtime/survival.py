@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,8 +27,9 @@ from .comm.shm import SharedMemoryTransport
 from .comm.staging import StagedTransport
 from .comm.transport import Interruption, LocalTransport, Transport
 from .control.member import Member, Notice
+from .control.words import OVER
 from .core.environment import address_towards, is_loopback
-from .core.errors import ConfigError, PeerLost, PeerTimeout, ViewPassed
+from .core.errors import ConfigError, MoeRuntimeError, PeerLost, PeerTimeout, ViewPassed
 
 LOST = (PeerLost, PeerTimeout, ViewPassed)  # what Runtime.recover is for
 PATIENCE_S = 300.0  # for a view: the coordinator itself is watched by the agent, and watches the others
@@ -79,8 +81,15 @@ class Survival:
         self.member.on_view = self._interrupt
 
     def first(self) -> Notice | None:
-        """The view the job begins with; None where it has begun and this rank is one more."""
-        return self.member.first_view(self._patience_s)
+        """The view the job begins with; None where it has begun and this rank is one more. Ends this process, with
+        code 0, where the work is done already."""
+        try:
+            return self.member.first_view(self._patience_s)
+        except MoeRuntimeError:
+            if self.member.stopped != OVER:
+                raise
+        print(f"rank {self.number}: {OVER}, there is nothing left to join", file=sys.stderr)
+        raise SystemExit(0)
 
     def next(self) -> Notice:
         """The view after the one entered last. Waits for it."""

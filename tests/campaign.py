@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import random
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,25 +90,37 @@ class JobOver(Exception):
 
 
 class Job:
-    """One running job, and what can be done to it."""
+    """One running job, and what can be done to it. more: for generate. launch: where its ranks are, if not all here.
+    on: the command that runs another one where node 0 is."""
 
-    def __init__(self, files: Files, ranks: int, on_loss: str, requests: int, *more: str, restarts: int = 0) -> None:
+    def __init__(
+        self,
+        files: Files,
+        ranks: int,
+        on_loss: str,
+        requests: int,
+        *more: str,
+        restarts: int = 0,
+        launch: Sequence[object] = (),
+        folder: Path | None = None,
+        on: Callable[..., list[str]] = lambda *words: [str(word) for word in words],
+    ) -> None:
         self.files, self.size, self.requests = files, ranks, requests
-        self.folder = Path(tempfile.mkdtemp(dir=files.folder, prefix="job-"))
+        self.folder = folder or new_folder(files)
         self.logs, self.out, self.mark = (
             self.folder / f"logs-{self.folder.name}",
             self.folder / "out.jsonl",
-            f"campaign {self.folder.name}",
+            mark_of(self.folder),
         )
         files.write_input(self.folder / "in.jsonl", requests)
         self.before = set(os.listdir("/dev/shm"))
         placed = ["--placement", str(files.folder / f"replicas-{ranks}.json")] if on_loss == "replica" else []
-        launch = ["--nproc-per-node", str(ranks), "--on-loss", on_loss, "--max-restarts", str(restarts)]
+        launch = [*(launch or ("--nproc-per-node", ranks)), "--on-loss", on_loss, "--max-restarts", restarts]
         job = [*files.options(self.folder / "in.jsonl", self.out), *placed, "--timeout-s", "5", *more]
         self.log = (self.folder / "log.txt").open("w")
         words = [*MOE_LAUNCH, "run", *launch, "--log-dir", self.logs, TESTS / "faulty.py", *job]
         self.process = subprocess.Popen(
-            [*map(str, words)],
+            on(*words),
             stdout=self.log,
             stderr=self.log,
             env=environment({"FAULTS": str(self.folder), "CAMPAIGN": self.mark}),
@@ -160,6 +173,15 @@ class Job:
             for pid in marked(self.mark)
             if b"moe_runtime.control.server" in Path(f"/proc/{pid}/cmdline").read_bytes()
         )
+
+    def asks(self, command: str, *words: str) -> bool:
+        """`moe-launch grow` or `drain`; false where the job has ended meanwhile."""
+        words = (*MOE_LAUNCH, command, self.logs.name, *words)
+        said = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False, env=environment({}))
+        if said.returncode and self.process.poll() is None:
+            time.sleep(3.0)  # it may be about to
+        assert said.returncode == 0 or self.process.poll() is not None, said.stderr + self.tail()
+        return said.returncode == 0
 
     def arm(self, rank: int, point: str, what: str) -> None:
         new = self.folder / f"{rank}.new"
@@ -215,6 +237,14 @@ class Job:
         for fault in self.faults:
             fault.outage_s = self.outage(fault) if fault.outage_s is None else fault.outage_s
         shutil.rmtree(self.folder)
+
+
+def new_folder(files: Files) -> Path:
+    return Path(tempfile.mkdtemp(dir=files.folder, prefix="job-"))
+
+
+def mark_of(folder: Path) -> str:
+    return f"campaign {folder.name}"
 
 
 def marked(mark: str) -> list[int]:
@@ -304,9 +334,11 @@ def long_life(
     seconds: float,
     watch: Watch | None = None,
 ) -> list[Fault]:
-    """A job whose lost ranks are started again, and struck while they join and while experts move to them."""
+    """A job whose lost ranks are started again, and struck while they join and while experts move to them. Experts also
+    move where that pays, and now and then a rank is added and drained again."""
     tokens = 3500 * min(faults, seconds / 7)  # a fault and the return of its ranks take some seconds
-    job = Job(files, ranks, on_loss, int(tokens / files.max_new), restarts=100000)
+    moves = ["--runtime", "rebalance=auto", "--runtime", "rebalance_every=100"]
+    job = Job(files, ranks, on_loss, int(tokens / files.max_new), *moves, restarts=100000)
     number, members = job.wait_settled(0)
     ends = time.monotonic() + seconds
     with contextlib.suppress(JobOver):
@@ -334,6 +366,11 @@ def long_life(
                 job.faults.append(Fault("rebalance: kill", (others[0],), job.fired(others[0])))
             number, members = job.wait_settled(number, ranks)
             moved(job, number)
+            if chance.random() < 0.1:
+                number, members = job.wait_settled(number, ranks + 1) if job.asks("grow") else (number, members)
+                added = max(members)
+                if added >= ranks and job.asks("drain", str(added)):
+                    number, members = job.wait_settled(number, ranks)
     job.end(600.0)
     return job.faults
 
@@ -388,28 +425,17 @@ def cut(files: Files, chance: random.Random, hosts: int, each: int) -> list[Faul
     """Hosts made of network namespaces, one of which loses its cable; the part with the coordinator goes on."""
     from hosts import Hosts
 
-    folder = Path(tempfile.mkdtemp(dir=files.folder, prefix="hosts-"))
+    folder = new_folder(files)
+    settings = f'env = {{ FAULTS = "{folder}", CAMPAIGN = "{mark_of(folder)}", PYTHONPATH = "{TESTS}" }}\n'
     with Hosts(folder, hosts) as made:
         nodes = [
-            f'[[node]]\nname = "n{n}"\nhost = "{address}"\nvendor = "cpu"\ndevices = {each}\n'
+            f'[[node]]\nname = "n{n}"\nhost = "{address}"\nvendor = "cpu"\ndevices = {each}\n{settings}'
             for n, address in enumerate(made.addresses)
         ]
-        files.write_input(folder / "in.jsonl", 24)
-        job = Job.__new__(Job)
-        job.files, job.size, job.requests, job.faults = files, hosts * each, 24, []
-        job.folder, job.logs, job.out = folder, folder / f"logs-{folder.name}", folder / "out.jsonl"
-        job.mark = f"campaign {folder.name}"
-        job.before = set(os.listdir("/dev/shm"))
-        words = [*MOE_LAUNCH, "run", "--cluster", folder / "cluster.toml", "--engine", "ssh", made.ssh_args,
-                 "--on-loss", "reload", "--threads-per-rank", "1", "--log-dir", job.logs, TESTS / "faulty.py",
-                 *files.options(folder / "in.jsonl", job.out)]  # fmt: skip
-        settings = f'\nenv = {{ FAULTS = "{folder}", CAMPAIGN = "{job.mark}", PYTHONPATH = "{TESTS}" }}\n'
-        (folder / "cluster.toml").write_text("\n".join(node + settings for node in nodes))
-        job.log = (folder / "log.txt").open("w")
-        job.process = subprocess.Popen(
-            made.on(0, *words), stdout=job.log, stderr=job.log, start_new_session=True,
-            env=environment({"CAMPAIGN": job.mark}),
-        )  # fmt: skip
+        (folder / "cluster.toml").write_text("\n".join(nodes))
+        launch = ["--cluster", folder / "cluster.toml", "--engine", "ssh", made.ssh_args, "--threads-per-rank", "1"]
+        on = functools.partial(made.on, 0)
+        job = Job(files, hosts * each, "reload", 24, launch=launch, folder=folder, on=on)
         number, members = job.wait_settled(0)
         time.sleep(chance.uniform(0.1, 0.6))
         lost = chance.randrange(1, hosts)

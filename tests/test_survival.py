@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -17,6 +16,8 @@ from test_locks import attack
 
 from moe_runtime.control.client import Client
 from moe_runtime.control.words import MAX_BYTES
+from moe_runtime.launch import records
+from moe_runtime.launch.status import ask_coordinator
 
 
 @pytest.fixture(scope="module")
@@ -64,49 +65,84 @@ def test_two_lost_at_once_leave_one_that_does_all(files: Files) -> None:
 def test_a_rank_is_drained_by_command_also_the_one_that_writes_results(files: Files) -> None:
     job = Job(files, 3, "reload", 60)
     job.wait_settled(0)
-    name = json.loads(next((Path.home() / ".cache/moe_runtime/jobs").glob(f"{job.logs.name}.json")).read_text())["job"]
-    words = [*MOE_LAUNCH, "drain", name, "0"]
-    said = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False, env=environment({}))
-    assert said.returncode == 0, said.stderr + job.tail()
-    assert "rank 0 has left" in said.stdout
+    assert job.asks("drain", "0")
+    assert job.wait_settled(0, 2)[1] == [1, 2]
     job.end()
-
-
-def grown(job: Job, *words: str) -> str:
-    """What `moe-launch grow` prints."""
-    words = (*MOE_LAUNCH, "grow", job.logs.name, *words)
-    said = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False, env=environment({}))
-    assert said.returncode == 0, said.stderr + job.tail()
-    return said.stdout
 
 
 def test_ranks_are_added_to_a_running_job_and_those_it_began_with_may_go(files: Files) -> None:
     job = Job(files, 2, "reload", 200, "--rebalance")
     job.wait_settled(0)
-    assert "joined: 2, 3;" in grown(job, "--ranks", "2")
+    assert job.asks("grow", "--ranks", "2")
     number, members = job.wait_settled(0, 4)
     assert members == [0, 1, 2, 3]
-    moved = wait_for_note(job, "experts have moved")
+    moved = wait_for_event(job, "note", "experts have moved")["note"]
     assert not moved.endswith(" 0] now") and " 0," not in moved.partition("before, ")[2], moved
     strike(job, "any moment: kill two at once", (0, 1), random.Random(1))
     assert job.wait_settled(number, 2)[1] == [2, 3]
     job.end()
 
 
-def wait_for_note(job: Job, words: str) -> str:
+NODES = """[[node]]
+name = "quick"
+host = "localhost"
+vendor = "cpu"
+devices = 2
+
+[[node]]
+name = "slow"
+host = "localhost"
+vendor = "cpu"
+emulate_speed = 0.1
+"""
+
+
+def test_a_slow_rank_gets_less_work_while_others_are_lost_and_added_beside_it(files: Files) -> None:
+    (files.folder / "nodes.toml").write_text(NODES)
+    nodes = ("--cluster", str(files.folder / "nodes.toml"))
+    moves = ("--runtime", "rebalance=auto", "--runtime", "rebalance_every=30")
+    job = Job(files, 3, "replica", 120, *moves, *nodes, launch=nodes)
+    number, _ = job.wait_settled(0)
+    ends = time.monotonic() + 60
+    while (share := share_of(job, 2)) > 0.2 and time.monotonic() < ends:  # a third, while nobody has measured
+        pass
+    assert 0 < share < 0.2
+    found = wait_for_event(job, "slow")
+    assert (found["rank"], found["slow"]) == (2, "compute")
+    strike(job, "any moment: kill", (0,), random.Random(1))
+    number, members = job.wait_settled(number, 2)
+    assert members == [1, 2] and job.asks("grow", "--like", "2")
+    assert job.wait_settled(number, 3)[1] == [1, 2, 3]
+    wait_for_event(job, "note", "experts have moved")
+    job.end()
+
+
+def share_of(job: Job, rank: int) -> float:
+    """Of the rows that all ranks compute within a second."""
+    seen = []
+    for _ in range(2):
+        ranks = ask_coordinator(records.read(job.logs.name), {"kind": "status"})["ranks"]
+        seen.append({one["rank"]: one["metrics"].get("rows", 0) for one in ranks})
+        time.sleep(1.0)
+    rows = {number: count - seen[0][number] for number, count in seen[1].items()}
+    return rows[rank] / max(1, sum(rows.values()))
+
+
+def wait_for_event(job: Job, kind: str, words: str = "") -> dict:
+    """The latest of this kind; words: what its note says."""
     ends = time.monotonic() + 60
     while time.monotonic() < ends:
-        notes = [event["note"] for event in job.events() if event["event"] == "note" and words in event["note"]]
-        if notes:
-            return notes[-1]
+        found = [event for event in job.events() if event["event"] == kind and words in event.get("note", "")]
+        if found:
+            return found[-1]
         time.sleep(0.1)
-    raise AssertionError(f"nobody said: {words}\n{job.tail()}")
+    raise AssertionError(f"no {kind} {words}: {job.tail()}")
 
 
 def test_strangers_at_the_coordinator_are_turned_away_and_counted_and_nothing_else_listens(files: Files) -> None:
     job = Job(files, 3, "reload", 120)
     job.wait_settled(0)
-    record = json.loads((Path.home() / f".cache/moe_runtime/jobs/{job.logs.name}.json").read_text())
+    record = records.read(job.logs.name)
     (address, port), secret = record["coordinator"], bytes.fromhex(record["secret"])
     relay = Relay(address, port)
     client = Client(address, relay.port, secret)

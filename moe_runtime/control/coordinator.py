@@ -22,7 +22,7 @@ from typing import Any
 
 from . import hangs
 from .slow import Watch
-from .words import BEAT_S, MAX_STACKS, Message, bounded, problem_with
+from .words import BEAT_S, MAX_STACKS, OVER, Message, bounded, problem_with
 
 Out = list[tuple[bytes, Message]]
 
@@ -134,7 +134,7 @@ class Coordinator:
                 self._exited(message["rank"], message["pid"], message["how"], now)
             return [(sender, self._for_host(message["host"]))]
         if self.state == "stopping":
-            return [(sender, {"kind": "heard", "time": 0.0, "stop": self.why or "the job has ended"})]
+            return [(sender, {"kind": "heard", "time": 0.0, "stop": self.why or OVER})]
         number, mark = message["rank"], message["mark"]
         rank = self.ranks.get(number)
         known = rank is not None and rank.mark == mark
@@ -526,7 +526,7 @@ class Coordinator:
     def _told(self, rank: _Rank, knows: int = 0) -> Message:
         """What every answer to a rank carries. knows: the newest view that it has heard of."""
         if self.state == "stopping":
-            return {"stop": self.why or "the job has ended"}
+            return {"stop": self.why or OVER}
         if self.state != "running":
             return {}
         told: Message = {"draining": sorted(self._draining)}

@@ -58,6 +58,11 @@ class Member:
         return self._agent.newest
 
     @property
+    def stopped(self) -> str | None:
+        """Why the job is to end; words.OVER where nothing is wrong; None while it goes on."""
+        return self._agent.stopped
+
+    @property
     def metrics(self) -> dict[str, Any]:
         return self._agent.metrics
 

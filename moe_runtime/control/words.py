@@ -11,6 +11,7 @@ MAX_STACKS = 1 << 16  # characters of one process's stacks
 ON_LOSS = ("fail", "replica", "reload", "renormalise")  # what a user can choose to happen when a rank is lost
 BEAT_S = 0.1  # between two messages of a rank, and of who starts ranks
 LEASE = 0.7  # of silence_s: a rank whose messages have not been answered for so long ends
+OVER = "the job has ended"  # what a rank is told to stop for, where nothing is wrong
 _LARGEST = 1 << 31  # of a whole number in a message: views, ranks, process ids
 
 Message = dict[str, Any]
