@@ -1,7 +1,7 @@
 """What a rank holds of a sharded model changes without any other rank: for worlds that lose and gain ranks.
 
 Rows of experts that the rank holds already are copied to their new places, the others are read from the checkpoint as
-loading.py reads them. Which experts a rank is to hold is decided elsewhere (survive.py); dispatchers, choosers and the
+loading.py reads them. Which experts a rank is to hold is decided elsewhere (views.py); dispatchers, choosers and the
 placement in force are the caller's to set.
 """
 

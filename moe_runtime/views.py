@@ -10,7 +10,7 @@ import numpy as np
 
 from .core.errors import ConfigError
 from .core.placement import Placement
-from .survive import grow
+from .lost_experts import grow
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ def placement_of(held: Sequence[Held], num_experts: int) -> Placement:
         total = np.bincount(expert[layer], share[layer], minlength=num_experts)
         absent[layer] = count == 0
         whole = total[expert[layer]]
-        share[layer] = np.where(whole > 0, share[layer] / np.where(whole > 0, whole, 1), 1 / count[expert[layer]])
+        scaled = np.where(whole > 0, share[layer] / np.where(whole > 0, whole, 1), 1 / count[expert[layer]])
+        share[layer] = np.where(np.abs(whole - 1) < 1e-9, share[layer], scaled)  # to the bit where nothing was lost
     rank = np.repeat(np.arange(len(held)), slots).astype(np.int32)
     return Placement(expert, rank, share, num_experts, len(held), absent=absent)
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from families import FAMILIES as ALL_FAMILIES
 from families import write_checkpoint
+from held import admit, keep
 from ranks import run_ranks
 from test_checkpoint import write_fp8
 from test_rebalance import shuffled
@@ -25,9 +26,9 @@ from moe_runtime.core.placement import Placement
 from moe_runtime.errors import CheckpointError, ConfigError
 from moe_runtime.experts.placement import from_owners, proportional
 from moe_runtime.layer import experts_modules
+from moe_runtime.lost_experts import grow
 from moe_runtime.model import expert_layers
 from moe_runtime.refit import Source, refit
-from moe_runtime.survive import admit, grow, keep
 
 IDS = torch.randint(2, 128, (3, 12), generator=torch.Generator().manual_seed(7))
 FAMILIES = ["deepseek_v3", "qwen3_moe", "gpt_oss"]

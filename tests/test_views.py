@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from held import admit, keep
 from hypothesis import given
 from hypothesis import strategies as st
-from test_survive import held_by, losses, placements
+from test_lost_experts import held_by, losses, placements
 
 from moe_runtime.core.errors import ConfigError
 from moe_runtime.experts.placement import proportional
-from moe_runtime.survive import admit, keep
 from moe_runtime.views import Held, after_loss, placement_of, spread
 
 
@@ -23,16 +23,6 @@ def test_what_all_ranks_say_they_hold_is_the_placement_they_are_in(placement):
     again = placement_of(all_held(placement), placement.num_experts)
     assert held_by(again) == held_by(placement) and again.absent is None
     np.testing.assert_allclose(again.slot_share, placement.slot_share, atol=1e-12)
-
-
-@given(losses())
-def test_what_survivors_hold_is_what_keep_says(drawn):
-    placement, survivors = drawn
-    held = [all_held(placement)[rank] for rank in survivors]
-    found, kept = placement_of(held, placement.num_experts), keep(placement, survivors)
-    assert held_by(found) == held_by(kept)
-    np.testing.assert_allclose(found.slot_share, kept.slot_share, atol=1e-12)
-    assert all(found.absent_experts(layer) == kept.absent_experts(layer) for layer in range(kept.num_layers))
 
 
 @given(losses())

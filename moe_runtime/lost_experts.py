@@ -1,9 +1,7 @@
-"""What a placement becomes when ranks are lost or come: pure functions, the same answer on every rank.
+"""Who takes the experts that nobody holds any more: pure functions, the same answer on every rank.
 
-A view renumbers ranks: a rank's number is its position among the members. `keep` is what the survivors hold, `grow`
-says who takes the experts that nobody holds any more, `admit` makes room in the numbering for ranks that hold nothing
-yet. No expert changes its rank here: what a survivor holds it goes on holding (a better placement is the planner's and
-live rebalancing's work, once the job runs again). numpy alone: a planner that compiles would hold the job up.
+No expert changes its rank here: what a survivor holds it goes on holding (a better placement is the planner's and live
+rebalancing's work, once the job runs again). numpy alone: a planner that compiles would hold the job up.
 """
 
 from __future__ import annotations
@@ -16,78 +14,17 @@ from .core.errors import ConfigError
 from .core.placement import Placement
 
 
-def keep(placement: Placement, survivors: Sequence[int]) -> Placement:
-    """The survivors' slots as they are. survivors: ranks of `placement`, in the order of their new numbers.
-
-    Where an expert has lost a replica, the shares of the others are scaled to a sum of 1 (equal ones, where all were
-    0). Experts that none of them holds are absent. Raises ConfigError for ranks that are not there or named twice.
-    """
-    if len(set(survivors)) != len(survivors) or not survivors:
-        raise ConfigError(f"survivors must be one or more ranks, each named once, not {list(survivors)}")
-    for rank in survivors:
-        if not 0 <= rank < placement.num_ranks:
-            raise ConfigError(f"survivors: rank {rank} is none of the placement's {placement.num_ranks}")
-    slots = [np.arange(placement.num_slots)[placement.rank_slots(rank)] for rank in survivors]
-    kept = np.concatenate(slots)
-    expert, share = placement.slot_expert[:, kept], placement.slot_share[:, kept]
-    sums, copies = _per_expert(expert, share, placement.num_experts)
-    left, holders = np.take_along_axis(sums, expert, 1), np.take_along_axis(copies, expert, 1)  # of each slot's expert
-    scaled = np.where(left > 0, share / np.where(left > 0, left, 1), 1 / holders)
-    return Placement(
-        expert,
-        np.repeat(np.arange(len(slots), dtype=np.int32), [len(mine) for mine in slots]),
-        np.where(left < 1 - 1e-9, scaled, share),
-        placement.num_experts,
-        len(slots),
-        absent=copies == 0,
-    )
-
-
-def _per_expert(expert: np.ndarray, share: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.ndarray]:
-    """(sums of shares [L, E], numbers of slots [L, E]) of tables [L, S]."""
-    at = expert + num_experts * np.arange(len(expert))[:, None]
-    size, shape = len(expert) * num_experts, (len(expert), num_experts)
-    return (
-        np.bincount(at.ravel(), share.ravel(), size).reshape(shape),
-        np.bincount(at.ravel(), minlength=size).reshape(shape),
-    )
-
-
-def admit(placement: Placement, size: int, positions: Sequence[int] | None = None) -> Placement:
-    """The same experts in the same slots for `size` ranks, of which those at `positions` (the last ones) hold none.
-
-    The others keep their order. Raises ConfigError where the numbers do not fit.
-    """
-    new = size - placement.num_ranks
-    positions = list(range(placement.num_ranks, size)) if positions is None else list(positions)
-    if new < 0 or len(positions) != new or len(set(positions)) != new or any(not 0 <= p < size for p in positions):
-        raise ConfigError(
-            f"admit: {placement.num_ranks} ranks become {size}, and the new ones are at {positions}; give "
-            f"{max(new, 0)} different positions below {size}"
-        )
-    moved_to = np.array([position for position in range(size) if position not in set(positions)], dtype=np.int32)
-    return Placement(
-        placement.slot_expert,
-        moved_to[placement.slot_rank],
-        placement.slot_share,
-        placement.num_experts,
-        size,
-        absent=placement.absent,
-    )
-
-
 def grow(
     placement: Placement,
     speeds: Sequence[float],
     room: Sequence[int | None],
     load: np.ndarray | None = None,
-    slot_bytes: int = 0,
 ) -> Placement:
     """Every absent expert in a slot of its own, added to the ranks that will then be done soonest.
 
     speeds [R]: relative. room [R]: slots that a rank can still take (each is one expert of every layer), None where
     nothing but the number of experts limits them. load [L, E]: tokens per expert, None where none is known (all count
-    the same). slot_bytes: of one slot, for the error's words.
+    the same).
 
     All layers have the same slots, so the layer that lacks most says how many are added; in layers that lack fewer, the
     slots left over take replicas of what keeps the slowest rank busy. Slots and shares that were there stay as they
@@ -107,7 +44,7 @@ def grow(
     held = np.bincount(placement.slot_rank, minlength=num_ranks)
     limit = np.array([np.inf if slots is None else slots for slots in room])
     limit = np.minimum(limit, placement.num_experts - held).astype(np.int64)  # no rank holds an expert twice
-    _check_room(limit, absent, slot_bytes)
+    _check_room(limit, absent)
     tokens = np.take_along_axis(load, expert.astype(np.int64), 1) * share  # [L, S]
     work = np.stack([np.bincount(placement.slot_rank, row, num_ranks) for row in tokens])  # [L, R]
 
@@ -137,14 +74,13 @@ def _read_load(load: np.ndarray | None, shape: tuple[int, int]) -> np.ndarray:
     return np.where(mean > 0, np.maximum(found, mean / 100), 1.0)
 
 
-def _check_room(limit: np.ndarray, absent: Sequence[Sequence[int]], slot_bytes: int) -> None:
+def _check_room(limit: np.ndarray, absent: Sequence[Sequence[int]]) -> None:
     needed, layer = max((len(experts), -layer) for layer, experts in enumerate(absent))
     lacking = needed - int(limit.sum())
     if lacking > 0:
-        size = f" ({lacking * slot_bytes / 2**20:,.1f} MiB)" if slot_bytes else ""
         raise ConfigError(
             f"no rank holds {needed} experts of layer {-layer}, and the ranks that are left have room for "
-            f"{int(limit.sum())} in each layer: {lacking} slots{size} lack; give them more memory, or choose to "
+            f"{int(limit.sum())} in each layer: {lacking} slots lack; give them more memory, or choose to "
             "renormalise the weights of the others"
         )
 
