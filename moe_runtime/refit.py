@@ -7,7 +7,7 @@ placement in force are the caller's to set.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,12 +83,18 @@ class Source:
 
 
 def refit(
-    model: PreTrainedModel, old_experts: Sequence[Sequence[int]], new: Placement, rank: int, source: Source
+    model: PreTrainedModel,
+    old_experts: Sequence[Sequence[int]],
+    new: Placement,
+    rank: int,
+    source: Source,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> int:
     """Make this rank hold what `new` has on `rank`; returns how many experts were read, all layers together.
 
     old_experts [L]: the experts whose rows the rank holds now, in the order of its slots, as Placement.rank_experts
-    gives them under the number that the rank had. Changes the parameters of the expert layers (new ones where rows
+    gives them under the number that the rank had. progress: called with the number of experts read, before each; what
+    it raises ends this with the model as it was. Changes the parameters of the expert layers (new ones where rows
     change, in the same dtype) and their num_experts, and nothing else.
 
     Until everything has been read nothing is changed; then each tensor is replaced, one after the other. So memory for
@@ -106,7 +112,8 @@ def refit(
             missing = [(slot, e) for slot, e in enumerate(wanted) if e not in old_experts[layer]]
             tensors = [_Change.of(module, name, old_experts[layer], wanted) for name, _ in _parameters(module)]
             by_name = {change.name: change for change in tensors}
-            for slot, expert in missing:
+            for done, (slot, expert) in enumerate(missing, read):
+                progress(done)
                 for name in _weights_of(module):
                     change, scales = by_name[name], by_name.get(name + _SCALES)
                     dtype, row = change.before.dtype, change.row(slot)

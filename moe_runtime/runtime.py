@@ -36,15 +36,16 @@ from .expert_dispatcher import ExpertDispatcher, describe_choice, make_chooser
 from .experts import compute, dense
 from .experts.placement import load_plan, proportional
 from .experts.routing import ReplicaChooser
+from .following import follow
 from .layer import describe_lacking, experts_modules
 from .migration import columns_of
 from .model import empty_model, expert_layers, read_config, shard_experts
 from .pays import Pays
 from .rebalance import Policy, Rebalancer
 from .recorder import Recorder
-from .refit import Source, refit
+from .refit import Source
 from .survival import LOST, Settings, Survival
-from .views import Held, after_loss, placement_of, spread
+from .views import Held, placement_of, spread
 
 PROTOCOL = "0.1"  # of the exchanges between ranks; ranks with another one cannot join
 
@@ -109,6 +110,7 @@ class Runtime:
         self._rebalancers: weakref.WeakSet[Rebalancer] = weakref.WeakSet()
         self._models: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
         self._join_depth = 0
+        self._placed_as = 0  # this rank's place in the placement in force: of the present view, or the one before
         self._num_slots = 0  # of the placement that the latest model was loaded with
         self._early_layers = 0  # of the latest model, whose shared expert is computed while rows travel
         self._dense_layers = 0  # of the latest model, that take the C kernel for a few rows
@@ -250,7 +252,7 @@ class Runtime:
             self._dense_layers = dense.use_few_rows_kernel(model)
         self._early_layers = overlap.compute_shared_experts_early(model) if self.size > 1 or self.joins else 0
         self.view = View(self.view.number + 1, self.view.ranks, placement)
-        self._num_slots = placement.num_slots
+        self._placed_as, self._num_slots = self.rank, placement.num_slots
         self._models.add(model)
         if self.config.rebalance == "auto" and (self.size > 1 or self.joins):
             dispatch = "split" if self.config.replica_choice == "balanced" else "static"
@@ -410,17 +412,23 @@ class Runtime:
 
     def _switched(self, layers: list[Any], old: Placement, new: Placement) -> None:
         """The weights are in their new slots: make everything else follow."""
-        slots = new.rank_slots(self.rank)
-        digest, old_digest = new.digest(), old.digest()
-        for module in layers:
-            layer, before = module.moe_runtime_layer, module.moe_runtime_layer.dispatcher
-            layer.dispatcher = self._dispatcher(new, before.hidden_size, before.top_k, before.dtype, digest)
-            layer.chooser, layer.placement = self._chooser(new, layer.index), new
-            layer.tokens_per_slot = np.zeros(slots.stop - slots.start, dtype=np.int64)
-            module.num_experts = slots.stop - slots.start
+        digest, old_digest = self._use(layers, new), old.digest()
         if digest != old_digest:  # a dispatcher of the old placement is made again if anyone asks for it
             self._dispatchers = {key: made for key, made in self._dispatchers.items() if key[0] != old_digest}
         self.view = View(self.view.number + 1, self.view.ranks, new)
+
+    def _use(self, layers: list[Any], placement: Placement) -> int:
+        """Dispatch by this placement, whose experts are in place; returns its digest."""
+        slots, digest = placement.rank_slots(self.rank), placement.digest()
+        count, self._placed_as = slots.stop - slots.start, self.rank
+        for module in layers:  # what is held, before anything can break: a dispatcher's ranks compare what they have
+            layer, module.num_experts = module.moe_runtime_layer, count
+            layer.placement, layer.tokens_per_slot = placement, np.zeros(count, dtype=np.int64)
+        for module in layers:
+            layer, before = module.moe_runtime_layer, module.moe_runtime_layer.dispatcher
+            layer.dispatcher = self._dispatcher(placement, before.hidden_size, before.top_k, before.dtype, digest)
+            layer.chooser = self._chooser(placement, layer.index)
+        return digest
 
     # ---- new views ----------------------------------------------------------------------------------------------
 
@@ -528,53 +536,30 @@ class Runtime:
 
     def _enter(self, model: PreTrainedModel, notice: Notice) -> None:
         layers = expert_layers(model)
-        states = [layer.moe_runtime_layer for layer in layers]
-        before, old_rank = states[0].placement, self.rank
         self.transport.close()
         atexit.unregister(self.transport.close)
         transport = self._survival.build(notice, self.place)
-        self.view = View(notice.number, notice.members, before)
+        self.view = View(notice.number, notice.members, self.view.placement)
         self._adopt(transport)
         self._dispatchers.clear()
-        source = getattr(model, "moe_runtime_source", None)
-        held = Held.of(before, old_rank, self._room(model))
-        form = states[0].expert_dtypes[old_rank] if states[0].expert_dtypes else ""
-        said = all_gather_message(
-            transport,
-            [held.as_message(), max(s.passes for s in states), source is not None, form, self._num_slots],
-            "new view",
+        found = follow(
+            model, self._survival, transport, self._placed_as, self._room(model), self._num_slots, self.rank_speeds
         )
-        for state in states:
-            state.fold_tokens(old_rank)
-        load = np.stack([state.earlier_tokens for state in states])
-        all_loads = torch.from_numpy(load)
-        transport.all_reduce(all_loads, "new view (load)")
-        self._num_slots = max(slots for *_, slots in said)
-        theirs = [Held(*one) for one, *_ in said]
-        found = placement_of(theirs, before.num_experts)
-        room = [one.room for one in theirs]
-        reads = all(can for _, _, can, _, _ in said)
-        placement, told = after_loss(found, self.on_loss, self.rank_speeds, room, all_loads.numpy(), reads)
-        if placement is not found:
-            read = refit(model, theirs[self.rank].experts, placement, self.rank, source)
-            told = f"{told}; {read} of them here" if told and read else told
-        if told:
-            self._survival.notes.append(told)
-            self._notes.append(f"view {notice.number}: {told}")
-        digest, passes = placement.digest(), max(passes for _, passes, *_ in said)
-        slots = placement.rank_slots(self.rank)
-        for layer, state in zip(layers, states, strict=True):
-            old = state.dispatcher
-            state.dispatcher = self._dispatcher(placement, old.hidden_size, old.top_k, old.dtype, digest)
-            state.chooser, state.placement = self._chooser(placement, state.index), placement
-            state.tokens_per_slot = np.zeros(slots.stop - slots.start, dtype=np.int64)
-            state.renormalise, state.passes = self.on_loss == "renormalise", passes
-            state.expert_dtypes = tuple(form for *_, form, _ in said) if form else ()
-            layer.num_experts = slots.stop - slots.start
+        self._num_slots = found.num_slots
+        if found.told:
+            self._survival.notes.append(found.told)
+            self._notes.append(f"view {notice.number}: {found.told}")
+        for layer in layers:
+            state = layer.moe_runtime_layer
+            state.renormalise, state.passes = self.on_loss == "renormalise", found.passes
+            state.expert_dtypes = found.forms
+        self._use(layers, found.placement)
         rebalancer = getattr(model, "moe_runtime_rebalancer", None)
         if rebalancer is not None:
             rebalancer.follow(transport, self.rank_speeds)
-        self.view = View(notice.number, notice.members, placement)
+        self.view = View(notice.number, notice.members, found.placement)
+        if found.most_read:
+            self._survival.await_readers(found.most_read)
         gc.collect()  # errors hold the frames that hold the transport that failed, and that its windows and files
 
     def _room(self, model: PreTrainedModel) -> int | None:

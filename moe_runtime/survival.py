@@ -11,7 +11,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -32,6 +32,7 @@ from .core.environment import address_towards, is_loopback
 from .core.errors import ConfigError, MoeRuntimeError, PeerLost, PeerTimeout, ViewPassed
 
 LOST = (PeerLost, PeerTimeout, ViewPassed)  # what Runtime.recover is for
+READ_BYTES_PER_S = 10e6  # of the slowest storage that others wait for while a rank reads lost experts
 PATIENCE_S = 300.0  # for a view: the coordinator itself is watched by the agent, and watches the others
 _TRANSPORTS = ("auto", "shm", "zeromq")
 
@@ -142,9 +143,26 @@ class Survival:
     def _exchange(self, key: str, value: Any) -> list[Any]:
         return [unpack(data) for data in self.exchange(key, pack(value))]
 
-    def exchange(self, key: str, value: bytes) -> list[bytes]:
-        """Every member's value of the view that is being built, in rank order. Raises as Member.exchange."""
-        return self.member.exchange(self.entered, key, value, self._patience_s)
+    def exchange(self, key: str, value: bytes, seconds: float = 0.0) -> list[bytes]:
+        """Every member's value of the view that is being built, in rank order. seconds: to wait, beyond what others are
+        waited for anyhow. Raises as Member.exchange."""
+        return self.member.exchange(self.entered, key, value, self._patience_s + seconds)
+
+    def reading(self, count: int) -> Callable[[int], None]:
+        """To be called with the number of experts that have been read, of `count`, before each: shows it, and raises
+        ViewPassed where a newer view has come meanwhile."""
+        state, interruption = self.member.state, self._interruption
+
+        def progress(done: int) -> None:
+            interruption.check(self.number, "reading lost experts")
+            state.update(phase="reading", layer=f"{100 * done // count}%")
+
+        return progress
+
+    def await_readers(self, most_bytes: int) -> None:
+        """Until every rank of the view has read its part. most_bytes: that one of them reads. Raises as exchange."""
+        self.member.state.update(phase="others read", layer="")
+        self.exchange("experts read", b"", most_bytes / READ_BYTES_PER_S)
 
     def _interrupt(self, newest: Notice) -> None:
         """In the agent's thread: whatever waits in an older view ends."""

@@ -33,6 +33,7 @@ TESTS = Path(__file__).resolve().parent
 MOE_LAUNCH = [sys.executable, "-m", "moe_runtime.launch.cli"]
 SETTLES_S = 180.0  # for all ranks to work again after a fault, the time to start a rank included
 POINTS = ("dispatch", "experts", "combine")
+VIEW_POINTS = ("meeting", "reading", "ledger")  # on the way into the view after another loss
 
 
 @dataclass
@@ -318,9 +319,16 @@ def one_life(files: Files, chance: random.Random, ranks: int, on_loss: str, tran
         while len(members) > (ranks - 1 if on_loss == "replica" else 1) and len(job.faults) < 4:
             time.sleep(chance.uniform(0.05, 0.6))
             kind, struck = draw(chance, members, ranks - 1 if on_loss == "replica" else 1)
+            nested: list[int] = []
+            if struck and on_loss == "reload" and chance.random() < 0.3:
+                nested = [rank for rank in members if rank not in struck][1:2]  # one is left at least
+            point = chance.choice(VIEW_POINTS)
+            for rank in nested:
+                job.arm(rank, point, "kill")
             strike(job, kind, struck, chance)
+            job.faults += [Fault(f"{point}: kill", (rank,), job.fired(rank)) for rank in nested]
             if struck:
-                number, members = job.wait_settled(number, len(members) - len(struck))
+                number, members = job.wait_settled(number, len(members) - len(struck) - len(nested))
     job.end()
     return job.faults
 
@@ -351,19 +359,19 @@ def long_life(
             keep = [rank for rank in members if rank != 0 or watch is None]  # a soak looks at one process all the time
             kind, struck = draw(chance, keep, len(keep) - 1 if on_loss == "replica" else len(keep) - 2)
             nested = chance.random()
+            others = [rank for rank in keep if rank not in struck] if on_loss != "replica" else []
+            point = chance.choice(("rebalance", *VIEW_POINTS))
             if struck and nested < 0.15:
                 job.arm(struck[0], "rejoin", "kill")  # the process that takes its place
-            elif struck and nested < 0.3 and on_loss != "replica":
-                others = [rank for rank in keep if rank not in struck]
-                if others:
-                    job.arm(others[0], "rebalance", "kill")
+            elif struck and nested < 0.4 and others:
+                job.arm(others[0], point, "kill")
             strike(job, kind, struck, chance)
             if not struck:
                 continue
             if nested < 0.15 and len(struck) == 1:
                 job.faults.append(Fault("rejoin: kill", struck, job.fired(struck[0])))
-            elif nested < 0.3 and on_loss != "replica" and others:
-                job.faults.append(Fault("rebalance: kill", (others[0],), job.fired(others[0])))
+            elif 0.15 <= nested < 0.4 and others:
+                job.faults.append(Fault(f"{point}: kill", (others[0],), job.fired(others[0])))
             number, members = job.wait_settled(number, ranks)
             moved(job, number)
             if chance.random() < 0.1:

@@ -18,10 +18,13 @@ from typing import Any
 
 from moe_runtime.comm.dispatch import Dispatcher
 from moe_runtime.launch.generation.batch import RunningBatch
+from moe_runtime.launch.generation.ledger import Ledger
 from moe_runtime.launch.jobs import generate
 from moe_runtime.layer import ExpertParallel
 from moe_runtime.migration import Migration
+from moe_runtime.refit import Source
 from moe_runtime.runtime import Runtime
+from moe_runtime.survival import Survival
 
 FOLDER, RANK = Path(os.environ["FAULTS"]), os.environ["RANK"]
 TRIGGER = str(FOLDER / RANK)
@@ -85,5 +88,8 @@ if __name__ == "__main__":
     after(ExpertParallel, "_compute", "combine")  # between dispatch and combine
     before(Migration, "step", "rebalance")
     before(Runtime, "_enter", "rejoin")
+    after(Survival, "build", "meeting")  # in a new view, before anybody has said what it holds
+    before(Source, "read", "reading")  # lost experts, from the checkpoint
+    after(Ledger, "begin", "ledger")  # all know what is left to do, and results are about to be written
     note_passes()
     sys.exit(generate.main(sys.argv[1:]))

@@ -62,6 +62,17 @@ def test_two_lost_at_once_leave_one_that_does_all(files: Files) -> None:
     job.end()
 
 
+@pytest.mark.parametrize(("point", "transport"), [("meeting", "auto"), ("reading", "zeromq"), ("ledger", "auto")])
+def test_a_loss_while_the_view_after_another_one_is_made(files: Files, point: str, transport: str) -> None:
+    job = Job(files, 4, "reload", 24, "--runtime", f"transport={transport}")
+    number, _ = job.wait_settled(0)
+    job.arm(1, point, "kill")
+    strike(job, "any moment: kill", (0,), random.Random(1))
+    job.fired(1)
+    assert job.wait_settled(number, 2)[1] == [2, 3]
+    job.end()
+
+
 def test_a_rank_is_drained_by_command_also_the_one_that_writes_results(files: Files) -> None:
     job = Job(files, 3, "reload", 60)
     job.wait_settled(0)
