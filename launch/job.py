@@ -83,6 +83,16 @@ def secret_file(folder: Path, secret: str) -> dict[str, str]:
     return {environment.SECRET_FILE: str(path), environment.SECRET: ""}
 
 
+def log_folder(job: Job) -> Path:
+    """The job's folder of logs, which is there from now on. Raises ConfigError where this host cannot make it."""
+    folder = Path(job.log_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--log-dir {job.log_dir}: {error.strerror} here; name a folder of every host") from None
+    return folder
+
+
 def network_variables(node: Node, address: str, interface: str) -> dict[str, str]:
     """The vendor's variables that say which interface to use: HCCL_IF_IP takes an address, all others a name."""
     row = VENDORS.get(node.vendor)

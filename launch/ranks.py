@@ -25,7 +25,7 @@ from ..core import environment
 from ..core.errors import ConfigError
 from .blame import StoppedFor, blamed, children, is_stopped, rank_of
 from .control import BEAT_S, Message
-from .job import Job, network_variables, ranks_secret, secret_file, visible_variables
+from .job import Job, log_folder, network_variables, ranks_secret, secret_file, visible_variables
 from .machine import available_cores
 from .output import LineCutter, Sink, failure_text, is_shown
 from .process import signal_name, start, start_guard
@@ -46,11 +46,7 @@ class Ranks:
         self._where = f"{node.name}, {address}"
         self._folder = Path(tempfile.mkdtemp(prefix="moe-launch-"))
         self._failures = self._folder / "failures.json"
-        self._log_dir = Path(job.log_dir)
-        try:
-            self._log_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"--log-dir {job.log_dir}: {error.strerror} here; name a folder of every host") from None
+        self._log_dir = log_folder(job)
         self._tails: dict[int, deque[str]] = {}
         self._told = False
         self._stopped = StoppedFor(max(1, round(job.silence_s / BEAT_S)))

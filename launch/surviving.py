@@ -15,9 +15,8 @@ import threading
 from pathlib import Path
 
 from ..core import environment
-from ..core.errors import ConfigError
 from .control import Message
-from .job import Job, network_variables, visible_variables
+from .job import Job, log_folder, network_variables, visible_variables
 from .keeper import Keeper, Survival
 from .local import Ended, Rank, run_ranks
 from .machine import available_cores
@@ -31,11 +30,7 @@ class SurvivingRanks:
         self._first, self._count = sum(counts[:number]), counts[number]
         self._job, self._told, self._ended = job, False, list[Ended]()
         self._events: queue.SimpleQueue = queue.SimpleQueue()
-        log_dir = Path(job.log_dir)
-        try:
-            log_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"--log-dir {job.log_dir}: {error.strerror} here; name a folder of every host") from None
+        log_dir = log_folder(job)
         survival = Survival(job.on_loss, job.silence_s, job.max_restarts, job.metrics_port, job.drain_slower_than)
         secret = hmac.digest(bytes.fromhex(job.secret), b"moe-runtime coordinator", hashlib.sha256).hex()
         node = job.nodes[number]

@@ -530,18 +530,22 @@ class Coordinator:
         if self.state != "running":
             return {}
         told: Message = {"draining": sorted(self._draining)}
-        if not self._is_in_view(rank) and not rank.claimed and not rank.view:
+        if self._joins(rank):
             told["joins"] = True
         elif self.view.number > knows:
             told["view"] = self.view.as_message()
         return told
+
+    def _joins(self, rank: _Rank) -> bool:
+        """It has come to a job that had begun, and was in no view yet."""
+        return not self._is_in_view(rank) and not rank.claimed and not rank.view
 
     def _to_all(self) -> Out:
         told: dict[bool, Message] = {}  # few messages for many ranks: each is turned into bytes once
         out: Out = []
         for rank in self.ranks.values():
             if rank.sender and rank.state != "ended":
-                joins = not self._is_in_view(rank) and not rank.claimed and not rank.view
+                joins = self._joins(rank)
                 if joins not in told:
                     told[joins] = {"kind": "heard", "time": 0.0, "beat_s": self._beat_s(), **self._told(rank)}
                 out.append((rank.sender, told[joins]))
