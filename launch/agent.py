@@ -113,6 +113,8 @@ class _Agent:
                     self._close_door()
                     start = Ranks if self._job.on_loss == "fail" else SurvivingRanks
                     self._ranks = start(self._job, self._number, address, facts["interface"], order, self._mark)
+                    if isinstance(self._ranks, SurvivingRanks):
+                        records.add(self._record, **records.coordinator(*self._ranks.coordinator))
                 elif order["kind"] in ("stop", "refuse"):
                     self.again = bool(order.get("restart")) and not self._signals
                     return self._end(order["code"], order["why"])

@@ -277,7 +277,7 @@ def _keeper(options: argparse.Namespace, size: int, log_dir: Path, record: Path)
         survival = Survival(options.on_loss, options.silence, options.max_restarts, *limits)
         secret, host = secrets.token_hex(32), socket.gethostname()
         keeper = Keeper(survival, size, "127.0.0.1", free_port(), log_dir, events, secret, host)
-        records.add(record, coordinator=[keeper.address, keeper.port], secret=keeper.secret)
+        records.add(record, **records.coordinator(keeper.address, keeper.port, keeper.secret))
         return keeper
 
     return make

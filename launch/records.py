@@ -43,6 +43,11 @@ def end(path: Path, code: int) -> None:
         return
 
 
+def coordinator(address: str, port: int, secret: str) -> dict[str, Any]:
+    """What a record says of the coordinator of a job that survives losses. What ends with "secret" is not shown."""
+    return {"coordinator": [address, port], "coordinator_secret": secret}
+
+
 def read(job: str) -> dict[str, Any]:
     """Raises ConfigError where this host knows nothing of the job."""
     try:

@@ -22,7 +22,9 @@ _ANSWER_S = 5.0
 def status(options: argparse.Namespace) -> int:
     """Show one job, or list those of this host. Exit code 0; 3 where the job is not running (as init scripts do)."""
     if not options.job:
-        rows = [{key: value for key, value in row.items() if key != "secret"} for row in records.everything()]
+        rows = [
+            {key: value for key, value in row.items() if not key.endswith("secret")} for row in records.everything()
+        ]
         if options.json:
             print(json.dumps({"jobs": rows}))
         for row in rows if not options.json else ():
@@ -114,7 +116,7 @@ def ask_coordinator(record: dict[str, Any], message: Message, seconds: float = _
     if "coordinator" not in record:
         raise ConfigError(f"job {record['job']} has no coordinator: it was started without --on-loss")
     address, port = record["coordinator"]
-    client = Client(address, port, bytes.fromhex(record["secret"]))
+    client = Client(address, port, bytes.fromhex(record["coordinator_secret"]))
     try:
         answer = client.ask(message, seconds)
     finally:

@@ -23,7 +23,10 @@ from .machine import available_cores
 
 
 class SurvivingRanks:
-    """The ranks of this node; what ranks.Ranks is for other jobs. Node 0's runs the coordinator."""
+    """The ranks of this node; what ranks.Ranks is for other jobs. Node 0's runs the coordinator.
+
+    coordinator: its address, port and secret.
+    """
 
     def __init__(self, job: Job, number: int, address: str, interface: str, go: Message, mark: str) -> None:
         counts: list[int] = go["devices"]
@@ -33,6 +36,7 @@ class SurvivingRanks:
         log_dir = log_folder(job)
         survival = Survival(job.on_loss, job.silence_s, job.max_restarts, job.metrics_port, job.drain_slower_than)
         secret = hmac.digest(bytes.fromhex(job.secret), b"moe-runtime coordinator", hashlib.sha256).hex()
+        self.coordinator = job.address, go["store_port"], secret
         node = job.nodes[number]
         keep = functools.partial(
             self._keeper, survival, sum(counts), go["store_port"], log_dir, secret, f"{node.name} {mark}", number == 0

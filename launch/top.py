@@ -46,8 +46,7 @@ def run(options: argparse.Namespace) -> int:
         return _say(f"job {options.job} is not running: it ended with {record['code']}")
     from ..control.client import Client  # zmq and msgpack
 
-    address, port = record["coordinator"]
-    client = Client(address, port, bytes.fromhex(record["secret"]))
+    client = Client(*record["coordinator"], bytes.fromhex(record["coordinator_secret"]))
     screen = _Screen(options)
     try:
         with screen:

@@ -25,9 +25,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from hosts import Hosts
 
 TESTS = Path(__file__).resolve().parent
 MOE_LAUNCH = [sys.executable, "-m", "moe_runtime.launch.cli"]
@@ -106,7 +109,7 @@ class Job:
         folder: Path | None = None,
         on: Callable[..., list[str]] = lambda *words: [str(word) for word in words],
     ) -> None:
-        self.files, self.size, self.requests = files, ranks, requests
+        self.files, self.size, self.requests, self._on = files, ranks, requests, on
         self.folder = folder or new_folder(files)
         self.logs, self.out, self.mark = (
             self.folder / f"logs-{self.folder.name}",
@@ -116,6 +119,7 @@ class Job:
         files.write_input(self.folder / "in.jsonl", requests)
         self.before = set(os.listdir("/dev/shm"))
         placed = ["--placement", str(files.folder / f"replicas-{ranks}.json")] if on_loss == "replica" else []
+        self._launch = list(launch)
         launch = [*(launch or ("--nproc-per-node", ranks)), "--on-loss", on_loss, "--max-restarts", restarts]
         job = [*files.options(self.folder / "in.jsonl", self.out), *placed, "--timeout-s", "5", *more]
         self.log = (self.folder / "log.txt").open("w")
@@ -128,6 +132,14 @@ class Job:
             start_new_session=True,
         )
         self.faults: list[Fault] = []
+
+    @property
+    def name(self) -> str:
+        """The job's, for moe-launch."""
+        if "--engine" not in self._launch:
+            return self.logs.name
+        told = (self.folder / "log.txt").read_text()
+        return told.partition("moe-launch: job ")[2].partition(":")[0]
 
     def events(self) -> list[dict[str, Any]]:
         try:
@@ -177,7 +189,7 @@ class Job:
 
     def asks(self, command: str, *words: str) -> bool:
         """`moe-launch grow` or `drain`; false where the job has ended meanwhile."""
-        words = (*MOE_LAUNCH, command, self.logs.name, *words)
+        words = self._on(*MOE_LAUNCH, command, self.name, *words)
         said = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False, env=environment({}))
         if said.returncode and self.process.poll() is None:
             time.sleep(3.0)  # it may be about to
@@ -431,6 +443,22 @@ class Watch:
 
 def cut(files: Files, chance: random.Random, hosts: int, each: int) -> list[Fault]:
     """Hosts made of network namespaces, one of which loses its cable; the part with the coordinator goes on."""
+    with on_hosts(files, hosts, each) as (made, job):
+        number, members = job.wait_settled(0)
+        time.sleep(chance.uniform(0.1, 0.6))
+        lost = chance.randrange(1, hosts)
+        fault = Fault(f"network cut ({hosts} hosts of {each})", tuple(range(lost * each, lost * each + each)))
+        with made.unplugged(lost):
+            fault.at = time.monotonic()
+            job.faults.append(fault)
+            job.wait_settled(number, len(members) - each)
+            job.end()
+        return job.faults
+
+
+@contextlib.contextmanager
+def on_hosts(files: Files, hosts: int, each: int, requests: int = 24) -> Iterator[tuple[Hosts, Job]]:
+    """A job on hosts made of network namespaces, with so many ranks on each."""
     from hosts import Hosts
 
     folder = new_folder(files)
@@ -443,17 +471,8 @@ def cut(files: Files, chance: random.Random, hosts: int, each: int) -> list[Faul
         (folder / "cluster.toml").write_text("\n".join(nodes))
         launch = ["--cluster", folder / "cluster.toml", "--engine", "ssh", made.ssh_args, "--threads-per-rank", "1"]
         on = functools.partial(made.on, 0)
-        job = Job(files, hosts * each, "reload", 24, launch=launch, folder=folder, on=on)
-        number, members = job.wait_settled(0)
-        time.sleep(chance.uniform(0.1, 0.6))
-        lost = chance.randrange(1, hosts)
-        fault = Fault(f"network cut ({hosts} hosts of {each})", tuple(range(lost * each, lost * each + each)))
-        with made.unplugged(lost):
-            fault.at = time.monotonic()
-            job.faults.append(fault)
-            job.wait_settled(number, len(members) - each)
-            job.end()
-        return job.faults
+        job = Job(files, hosts * each, "reload", requests, launch=launch, folder=folder, on=on)
+        yield made, job
 
 
 def table(faults: list[Fault]) -> Iterator[str]:

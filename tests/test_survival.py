@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from campaign import MOE_LAUNCH, Files, Job, cut, environment, long_life, marked, strike
+from campaign import MOE_LAUNCH, Files, Job, cut, environment, long_life, marked, on_hosts, strike
 from strangers import Relay, dealer, listening
 from test_locks import attack
 
@@ -154,7 +154,7 @@ def test_strangers_at_the_coordinator_are_turned_away_and_counted_and_nothing_el
     job = Job(files, 3, "reload", 120)
     job.wait_settled(0)
     record = records.read(job.logs.name)
-    (address, port), secret = record["coordinator"], bytes.fromhex(record["secret"])
+    (address, port), secret = record["coordinator"], bytes.fromhex(record["coordinator_secret"])
     relay = Relay(address, port)
     client = Client(address, relay.port, secret)
     assert client.ask({"kind": "status"}, 10)["refused"] == {}
@@ -212,6 +212,16 @@ def test_renormalising_is_said_and_counted(files: Files) -> None:
 def test_the_half_with_the_coordinator_goes_on(files: Files) -> None:
     (fault,) = cut(files, random.Random(1), 2, 1)
     assert fault.outage_s is not None and fault.outage_s < 20
+
+
+def test_a_rank_is_added_on_the_host_that_is_named(files: Files) -> None:
+    with on_hosts(files, 2, 1, 200) as (_, job):
+        job.wait_settled(0)
+        assert job.asks("grow", "--like", "1")
+        assert job.wait_settled(0, 3)[1] == [0, 1, 2]
+        networks = [os.readlink(f"/proc/{pid}/ns/net") for _, pid in sorted(job.pids().items())]
+        assert networks[0] != networks[1] == networks[2]
+        job.end()
 
 
 def test_fewer_than_half_stop_and_say_so(files: Files) -> None:

@@ -26,6 +26,7 @@ from test_hangs import SECRET, start_coordinator
 from moe_runtime.comm.locks import job_keys
 from moe_runtime.control.member import Member
 from moe_runtime.control.prometheus import CONTENT_TYPE
+from moe_runtime.launch import records
 from moe_runtime.launch.machine import free_port
 from moe_runtime.launch.top import lines, rates, short
 
@@ -123,8 +124,8 @@ def job(tmp_path, monkeypatch):
     for member in members:
         member.settled(member.await_view(0, 20.0).number)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    records = tmp_path / "moe_runtime" / "jobs"
-    records.mkdir(parents=True)
+    folder_of_records = tmp_path / "moe_runtime" / "jobs"
+    folder_of_records.mkdir(parents=True)
     known = {
         "pid": os.getpid(),
         "host": "h",
@@ -133,14 +134,14 @@ def job(tmp_path, monkeypatch):
         "engine": "local",
         "log_dir": str(folder),
     }
-    watched = {**known, "job": "watched", "coordinator": ["127.0.0.1", port], "secret": SECRET}
+    watched = {**known, "job": "watched", **records.coordinator("127.0.0.1", port, SECRET)}
     for record in (
         watched,
         {**known, "job": "plain"},
         {**watched, "job": "over", "code": 0},
         {**watched, "job": "gone", "coordinator": ["127.0.0.1", free_port()]},
     ):
-        (records / f"{record['job']}.json").write_text(json.dumps(record))
+        (folder_of_records / f"{record['job']}.json").write_text(json.dumps(record))
     yield SimpleNamespace(members=members, metrics_port=metrics_port)
     over.set()
     thread.join()
