@@ -36,7 +36,7 @@ TESTS = Path(__file__).resolve().parent
 MOE_LAUNCH = [sys.executable, "-m", "moe_runtime.launch.cli"]
 SETTLES_S = 180.0  # for all ranks to work again after a fault, the time to start a rank included
 POINTS = ("dispatch", "experts", "combine")
-VIEW_POINTS = ("meeting", "reading", "ledger")  # on the way into the view after another loss
+VIEW_POINTS = ("meeting", "reading", "placing", "ledger")  # on the way into the view after another loss
 
 
 @dataclass
@@ -372,7 +372,7 @@ def long_life(
             kind, struck = draw(chance, keep, len(keep) - 1 if on_loss == "replica" else len(keep) - 2)
             nested = chance.random()
             others = [rank for rank in keep if rank not in struck] if on_loss != "replica" else []
-            point = chance.choice(("rebalance", *VIEW_POINTS))
+            point = chance.choice(("rebalance", "switch", *VIEW_POINTS))
             if struck and nested < 0.15:
                 job.arm(struck[0], "rejoin", "kill")  # the process that takes its place
             elif struck and nested < 0.4 and others:

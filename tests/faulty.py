@@ -87,9 +87,11 @@ if __name__ == "__main__":
     before(ExpertParallel, "_compute", "experts")
     after(ExpertParallel, "_compute", "combine")  # between dispatch and combine
     before(Migration, "step", "rebalance")
+    after(Migration, "switch", "switch")  # experts are in their new places, here
     before(Runtime, "_enter", "rejoin")
     after(Survival, "build", "meeting")  # in a new view, before anybody has said what it holds
     before(Source, "read", "reading")  # lost experts, from the checkpoint
+    before(Dispatcher, "__init__", "placing")  # all has been read, and the ranks are to compare their placements
     after(Ledger, "begin", "ledger")  # all know what is left to do, and results are about to be written
     note_passes()
     sys.exit(generate.main(sys.argv[1:]))

@@ -62,7 +62,7 @@ def test_two_lost_at_once_leave_one_that_does_all(files: Files) -> None:
     job.end()
 
 
-@pytest.mark.parametrize(("point", "transport"), [("meeting", "auto"), ("reading", "zeromq"), ("ledger", "auto")])
+@pytest.mark.parametrize(("point", "transport"), [("meeting", "auto"), ("placing", "zeromq"), ("ledger", "auto")])
 def test_a_loss_while_the_view_after_another_one_is_made(files: Files, point: str, transport: str) -> None:
     job = Job(files, 4, "reload", 24, "--runtime", f"transport={transport}")
     number, _ = job.wait_settled(0)

@@ -595,9 +595,11 @@ class Coordinator:
             return {"kind": "refused", "why": f"rank {like} is not in view {self.view.number}"}
         if not 1 <= count <= MOST_AT_ONCE:
             return {"kind": "refused", "why": f"{count} ranks: from 1 to {MOST_AT_ONCE} can be added at once"}
-        host = self.ranks[like].host
-        if now - self._hosts.get(host, (b"", -HOST_S))[1] >= HOST_S:
-            return {"kind": "refused", "why": f"who starts ranks on {host.split()[0]} is out of reach"}
+        host, hosts = self.ranks[like].host, {self.ranks[number].host for number in self.view.members}
+        unheard = [name for name in hosts if name not in self._hosts or now - self._hosts[name][1] >= HOST_S]
+        if unheard:  # it may have started ranks of whose numbers a coordinator that has come back does not know
+            where = unheard[0].partition(" ")[0] or "a host"
+            return {"kind": "refused", "why": f"who starts ranks on {where} is out of reach"}
         taken = {*self.ranks, *self._growing, *(number for numbers in self._started.values() for number in numbers)}
         numbers = list(range(max(taken) + 1, max(taken) + 1 + count))
         self._growing |= {number: (host, like) for number in numbers}
