@@ -7,16 +7,18 @@ import numpy as np
 from .core.placement import Placement
 from .experts.placement import Plan, Rank, plan
 from .rebalance import Look
+from .spares import with_spares
 
 
 class Pays:
     """horizon: for how many times the time between two looks a placement is expected to stay good.
 
-    dispatch: as in Plan.times, how tokens will be divided over replicas.
+    dispatch: as in Plan.times, how tokens will be divided over replicas. spares: no expert is to be on one rank alone
+    (spares.py).
     """
 
-    def __init__(self, horizon: float = 10.0, dispatch: str = "static") -> None:
-        self.horizon, self.dispatch, self.decision = horizon, dispatch, ""
+    def __init__(self, horizon: float = 10.0, dispatch: str = "static", spares: bool = False) -> None:
+        self.horizon, self.dispatch, self.spares, self.decision = horizon, dispatch, spares, ""
 
     def __call__(self, look: Look) -> Placement | None:
         old = look.placement
@@ -30,8 +32,9 @@ class Pays:
         ranks = [Rank(cost, slots=count) for cost, count in zip(look.cost.tolist(), slots, strict=True)]
         seconds_per_move = float(np.mean(look.expert_bytes)) / look.bytes_per_s
         made = plan(look.load, ranks, sum(slots), start=old, move_cost=seconds_per_move / self.horizon)
-        tables = (old.slot_expert, old.slot_rank, old.slot_share, old.num_experts, old.num_ranks)
-        now = Plan(*tables, made.ranks, made.load).times(dispatch=self.dispatch).max(axis=1).sum()
+        if self.spares:
+            made = _as_plan(with_spares(made, look.load), made)
+        now = _as_plan(old, made).times(dispatch=self.dispatch).max(axis=1).sum()
         then = made.times(dispatch=self.dispatch).max(axis=1).sum()
         gain, moves = (now - then) * self.horizon, made.moves_from(old)
         price = moves * seconds_per_move
@@ -44,3 +47,9 @@ class Pays:
             f"{verdict}"
         )
         return made if pays or shares_only else None
+
+
+def _as_plan(placement: Placement, like: Plan) -> Plan:
+    """With the ranks and the load of another plan, to tell times."""
+    tables = (placement.slot_expert, placement.slot_rank, placement.slot_share)
+    return Plan(*tables, placement.num_experts, placement.num_ranks, like.ranks, like.load)

@@ -256,7 +256,8 @@ class Runtime:
         self._models.add(model)
         if self.config.rebalance == "auto" and (self.size > 1 or self.joins):
             dispatch = "split" if self.config.replica_choice == "balanced" else "static"
-            self.rebalance_by(model, Pays(dispatch=dispatch), self.config.rebalance_every)
+            policy = Pays(dispatch=dispatch, spares=self.on_loss == "replica")
+            self.rebalance_by(model, policy, self.config.rebalance_every)
 
     def _read_placement(self, placement: Placement | str | Path) -> Placement:
         if isinstance(placement, Placement):
@@ -520,7 +521,8 @@ class Runtime:
         rebalancer = self._rebalancer(model)
         wanted = None
         if rebalancer.migration is None:
-            wanted = spread(rebalancer.placement, self.rank_speeds, closed, self._num_slots)
+            spares = self.on_loss == "replica"
+            wanted = spread(rebalancer.placement, self.rank_speeds, closed, self._num_slots, spares)
         if wanted is not None:
             rebalancer.begin(wanted)
 

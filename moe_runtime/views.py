@@ -11,6 +11,7 @@ import numpy as np
 from .core.errors import ConfigError
 from .core.placement import Placement
 from .lost_experts import grow
+from .spares import with_spares
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,17 @@ def after_loss(
 
 
 def spread(
-    placement: Placement, speeds: Sequence[float], closed: Sequence[int] = (), num_slots: int = 0
+    placement: Placement,
+    speeds: Sequence[float],
+    closed: Sequence[int] = (),
+    num_slots: int = 0,
+    spares: bool = False,
 ) -> Placement | None:
     """The placement to move to when a rank holds no slot yet, or is to be emptied (`closed`); None where all is well.
 
-    num_slots: in all, where that is more than there are: replicas that were lost with a rank are made again. Slots go
-    by speed. A rank that has too many gives up replicas first; what stays does not move.
+    num_slots: in all, where that is more than there are: replicas that were lost with a rank are made again. spares: no
+    expert is to be on one rank alone (spares.py). Slots go by speed. A rank that has too many gives up replicas first;
+    what stays does not move.
     """
     held = np.bincount(placement.slot_rank, minlength=placement.num_ranks)
     is_open = np.array([rank not in closed for rank in range(placement.num_ranks)])
@@ -100,6 +106,7 @@ def spread(
     room = [int(wanted[rank] - min(held[rank], wanted[rank])) for rank in range(placement.num_ranks)]
     grown = grow(left, list(speeds), room)
     made = _replicate(grown, wanted - np.bincount(grown.slot_rank, minlength=grown.num_ranks))
+    made = with_spares(made) if spares else made
     return None if made.digest() == placement.digest() else made  # more ranks than slots: some hold none for good
 
 
