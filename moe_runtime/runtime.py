@@ -413,18 +413,23 @@ class Runtime:
 
     def _switched(self, layers: list[Any], old: Placement, new: Placement) -> None:
         """The weights are in their new slots: make everything else follow."""
-        digest, old_digest = self._use(layers, new), old.digest()
+        self._hold(layers, new)
+        digest, old_digest = self._dispatch_by(layers, new), old.digest()
         if digest != old_digest:  # a dispatcher of the old placement is made again if anyone asks for it
             self._dispatchers = {key: made for key, made in self._dispatchers.items() if key[0] != old_digest}
         self.view = View(self.view.number + 1, self.view.ranks, new)
 
-    def _use(self, layers: list[Any], placement: Placement) -> int:
-        """Dispatch by this placement, whose experts are in place; returns its digest."""
-        slots, digest = placement.rank_slots(self.rank), placement.digest()
+    def _hold(self, layers: list[Any], placement: Placement) -> None:
+        """This rank's experts are in the places of this placement. Nothing here waits for others, or can break."""
+        slots = placement.rank_slots(self.rank)
         count, self._placed_as = slots.stop - slots.start, self.rank
-        for module in layers:  # what is held, before anything can break: a dispatcher's ranks compare what they have
+        for module in layers:
             layer, module.num_experts = module.moe_runtime_layer, count
             layer.placement, layer.tokens_per_slot = placement, np.zeros(count, dtype=np.int64)
+
+    def _dispatch_by(self, layers: list[Any], placement: Placement) -> int:
+        """All ranks hold what this placement says: compare that, and send tokens there. Returns its digest."""
+        digest = placement.digest()
         for module in layers:
             layer, before = module.moe_runtime_layer, module.moe_runtime_layer.dispatcher
             layer.dispatcher = self._dispatcher(placement, before.hidden_size, before.top_k, before.dtype, digest)
@@ -555,13 +560,14 @@ class Runtime:
             state = layer.moe_runtime_layer
             state.renormalise, state.passes = self.on_loss == "renormalise", found.passes
             state.expert_dtypes = found.forms
-        self._use(layers, found.placement)
+        self._hold(layers, found.placement)
+        if found.most_read:
+            self._survival.await_readers(found.most_read)
+        self._dispatch_by(layers, found.placement)
         rebalancer = getattr(model, "moe_runtime_rebalancer", None)
         if rebalancer is not None:
             rebalancer.follow(transport, self.rank_speeds)
         self.view = View(notice.number, notice.members, found.placement)
-        if found.most_read:
-            self._survival.await_readers(found.most_read)
         gc.collect()  # errors hold the frames that hold the transport that failed, and that its windows and files
 
     def _room(self, model: PreTrainedModel) -> int | None:

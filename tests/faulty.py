@@ -1,7 +1,7 @@
 """The inference job with a hook for faults, started by campaign.py as `moe-launch run tests/faulty.py OPTIONS`.
 
-A file FAULTS/<rank number> that holds "<point> <what>" makes that rank kill, stop or hang itself the next time it comes
-to that point; the file goes, FAULTS/<rank number>.at gets the time. Every pass that ends is noted in
+A file FAULTS/<rank number> that holds "<point> <what>" makes that rank kill, stop, hang or delay itself the next time
+it comes to that point; the file goes, FAULTS/<rank number>.at gets the time. Every pass that ends is noted in
 FAULTS/<rank number>.<pid>.passes, so that outages can be measured.
 """
 
@@ -44,6 +44,8 @@ def fault(point: str) -> None:
     if what == "hang":
         while True:
             time.sleep(0.01)
+    if what == "late":
+        return time.sleep(8.0)  # longer than an exchange may take
     os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[what])
 
 

@@ -73,6 +73,15 @@ def test_a_loss_while_the_view_after_another_one_is_made(files: Files, point: st
     job.end()
 
 
+def test_a_rank_that_reads_lost_experts_for_long_is_waited_for(files: Files) -> None:
+    job = Job(files, 3, "reload", 24)
+    number, _ = job.wait_settled(0)
+    job.arm(1, "reading", "late")
+    strike(job, "any moment: kill", (0,), random.Random(1))
+    assert job.wait_settled(number)[1] == [1, 2]
+    job.end()
+
+
 def test_a_rank_is_drained_by_command_also_the_one_that_writes_results(files: Files) -> None:
     job = Job(files, 3, "reload", 60)
     job.wait_settled(0)
