@@ -10,6 +10,7 @@ import socket
 from pathlib import Path
 
 from ..core.errors import MoeRuntimeError
+from ..core.free_memory import free_host_bytes
 
 
 def available_cores() -> int:
@@ -61,11 +62,8 @@ def resident_bytes(peak: bool = False) -> int:
 
 def free_gib() -> float | None:
     """Host memory that new processes can have, in GiB; None where the system does not say."""
-    info = Path("/proc/meminfo")
-    for line in info.read_text().splitlines() if info.is_file() else ():
-        if line.startswith("MemAvailable:"):
-            return round(int(line.split()[1]) / (1 << 20), 1)
-    return None
+    free = free_host_bytes()
+    return None if free is None else round(free / (1 << 30), 1)
 
 
 def trim_memory() -> None:

@@ -30,6 +30,7 @@ from .core import environment, native
 from .core.cluster import Cluster, Node, load_cluster
 from .core.config import RuntimeConfig
 from .core.errors import CheckpointError, ConfigError
+from .core.free_memory import free_bytes
 from .core.memory import pool
 from .core.placement import Placement
 from .expert_dispatcher import ExpertDispatcher, describe_choice, make_chooser
@@ -47,6 +48,7 @@ from .refit import Source
 from .survival import LOST, Settings, Survival
 from .views import Held, placement_of, spread
 
+_USED_OF_FREE = 0.8  # by lost experts: reading them takes memory for a while, too
 PROTOCOL = "0.1"  # of the exchanges between ranks; ranks with another one cannot join
 
 
@@ -571,13 +573,18 @@ class Runtime:
         gc.collect()  # errors hold the frames that hold the transport that failed, and that its windows and files
 
     def _room(self, model: PreTrainedModel) -> int | None:
-        """Slots that this rank has memory for, beside what it holds; None where the cluster file says no memory_gib."""
+        """Slots that this rank has memory for, beside what it holds; None where nobody knows.
+
+        By memory_gib of the cluster file, else by what is free now, of which the ranks of a host may take equal parts.
+        """
+        each = max(1, sum(column.row_bytes for layer in expert_layers(model) for column in columns_of(layer, None)))
         node = self._node()
-        if node is None or node.memory_gib is None:
-            return None
-        held = sum(p.numel() * p.element_size() for p in model.parameters())
-        each = sum(column.row_bytes for layer in expert_layers(model) for column in columns_of(layer, None))
-        return max(0, int((node.memory_gib * (1 << 30) - held) // max(1, each)))
+        if node is not None and node.memory_gib is not None:
+            held = sum(p.numel() * p.element_size() for p in model.parameters())
+            return max(0, int((node.memory_gib * (1 << 30) - held) // each))
+        free = free_bytes(self.device)
+        sharers = self.world.local_size if self.device.type == "cpu" else 1
+        return None if free is None else int(_USED_OF_FREE * free / sharers // each)
 
     # ---- uneven work and gradients ------------------------------------------------------------------------------
 

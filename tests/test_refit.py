@@ -286,3 +286,22 @@ def test_what_does_not_fit_the_model_is_refused(loaded):
         ]:
             with pytest.raises(ConfigError, match=message):
                 refit(model, experts, placement, rank, source)
+
+
+def rooms(checkpoint: Path, cluster: Path) -> list[tuple[int, int]]:
+    """(slots there is room for, bytes of a slot), without and with a cluster file that says what a rank may have."""
+    found = []
+    for settings in ({}, {"cluster": str(cluster)}):
+        with moe_runtime.init(settings) as runtime:
+            model = runtime.load_model(checkpoint, dtype=torch.float32, expert_dtype="float32")
+            each = sum(p[:1].nbytes for layer in expert_layers(model) for p in layer.parameters())
+            found.append((runtime._room(model), each))
+    return found
+
+
+def test_room_for_lost_experts_is_what_is_free_or_what_the_cluster_file_leaves(tmp_path):
+    write_checkpoint(tmp_path / "checkpoint", "deepseek_v3")
+    (tmp_path / "cluster.toml").write_text('[[node]]\nname = "a"\nhost = "localhost"\nmemory_gib = 0.01\n')
+    [[(free, each), (given, _)]] = run_ranks(rooms, 1, tmp_path / "checkpoint", tmp_path / "cluster.toml")
+    assert 0 < given * each < 0.01 * (1 << 30)
+    assert given < free < (1 << 45) // each
