@@ -462,17 +462,24 @@ def on_hosts(files: Files, hosts: int, each: int, requests: int = 24) -> Iterato
     from hosts import Hosts
 
     folder = new_folder(files)
-    settings = f'env = {{ FAULTS = "{folder}", CAMPAIGN = "{mark_of(folder)}", PYTHONPATH = "{TESTS}" }}\n'
     with Hosts(folder, hosts) as made:
-        nodes = [
-            f'[[node]]\nname = "n{n}"\nhost = "{address}"\nvendor = "cpu"\ndevices = {each}\n{settings}'
-            for n, address in enumerate(made.addresses)
-        ]
-        (folder / "cluster.toml").write_text("\n".join(nodes))
-        launch = ["--cluster", folder / "cluster.toml", "--engine", "ssh", made.ssh_args, "--threads-per-rank", "1"]
+        cluster = cluster_file(folder, [(address, each) for address in made.addresses])
+        launch = ["--cluster", cluster, "--engine", "ssh", made.ssh_args, "--threads-per-rank", "1"]
         on = functools.partial(made.on, 0)
         job = Job(files, hosts * each, "reload", requests, launch=launch, folder=folder, on=on)
         yield made, job
+
+
+def cluster_file(folder: Path, hosts: Sequence[tuple[str, int]]) -> Path:
+    """hosts: their addresses, and how many ranks each has."""
+    settings = f'env = {{ FAULTS = "{folder}", CAMPAIGN = "{mark_of(folder)}", PYTHONPATH = "{TESTS}" }}'
+    (folder / "cluster.toml").write_text(
+        "\n".join(
+            f'[[node]]\nname = "n{n}"\nhost = "{host}"\nvendor = "cpu"\ndevices = {count}\n{settings}\n'
+            for n, (host, count) in enumerate(hosts)
+        )
+    )
+    return folder / "cluster.toml"
 
 
 def table(faults: list[Fault]) -> Iterator[str]:

@@ -10,7 +10,20 @@ import time
 from pathlib import Path
 
 import pytest
-from campaign import MOE_LAUNCH, Files, Job, cut, environment, long_life, marked, on_hosts, strike
+from campaign import (
+    MOE_LAUNCH,
+    Files,
+    Job,
+    cluster_file,
+    cut,
+    environment,
+    long_life,
+    marked,
+    new_folder,
+    on_hosts,
+    strike,
+)
+from hosts import Hosts, Slurm
 from strangers import Relay, dealer, listening
 from test_locks import attack
 
@@ -223,6 +236,28 @@ def test_the_half_with_the_coordinator_goes_on(files: Files) -> None:
     assert fault.outage_s is not None and fault.outage_s < 20
 
 
+def test_under_slurm_a_lost_rank_comes_back_on_its_node(files: Files, tmp_path: Path) -> None:
+    with Slurm(tmp_path) as slurm:
+        folder = new_folder(files)
+        launch = ["--engine", "slurm", "--master-addr", "127.0.0.1", "--threads-per-rank", "1"]
+        launch += ["--cluster", cluster_file(folder, [("n1", 1), ("n2", 2)])]
+        found = [f"{name}={slurm.env[name]}" for name in ("SLURM_CONF", "PATH")]
+        job = Job(
+            files,
+            3,
+            "reload",
+            200,
+            restarts=1,
+            launch=launch,
+            folder=folder,
+            on=lambda *words: ["env", *found, *map(str, words)],
+        )
+        number, _ = job.wait_settled(0)
+        strike(job, "any moment: kill", (2,), random.Random(1))
+        assert job.wait_settled(number, 3)[1] == [0, 1, 2]
+        job.end()
+
+
 def test_a_rank_is_added_on_the_host_that_is_named(files: Files) -> None:
     with on_hosts(files, 2, 1, 200) as (_, job):
         job.wait_settled(0)
@@ -234,8 +269,6 @@ def test_a_rank_is_added_on_the_host_that_is_named(files: Files) -> None:
 
 
 def test_fewer_than_half_stop_and_say_so(files: Files) -> None:
-    from hosts import Hosts
-
     folder = files.folder / "minority"
     folder.mkdir()
     with Hosts(folder, 3) as made:
