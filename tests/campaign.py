@@ -501,6 +501,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=0.0, help="a soak of so long, of a job whose ranks come back")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=("short", "long", "cut", "all"), default="all", help="kinds of jobs")
+    parser.add_argument("--on-loss", choices=("reload", "replica"), help="of all jobs (default: either)")
     options = parser.parse_args()
     chance, done = random.Random(options.seed), list[Fault]()
     with tempfile.TemporaryDirectory(prefix="campaign-") as folder:
@@ -515,6 +516,7 @@ def main() -> int:
         while len(done) < options.faults:
             kind = options.only if options.only != "all" else chance.choices(("short", "long", "cut"), (5, 2, 1))[0]
             ranks, on_loss = chance.choice((3, 4)), chance.choice(("reload", "reload", "replica"))
+            on_loss = options.on_loss or on_loss
             transport = chance.choice(("auto", "auto", "zeromq"))
             began = time.monotonic()
             if kind == "short":
