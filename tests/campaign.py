@@ -373,14 +373,13 @@ def long_life(
             nested = chance.random()
             others = [rank for rank in keep if rank not in struck] if on_loss != "replica" else []
             point = chance.choice(("rebalance", "switch", *VIEW_POINTS))
-            if struck and nested < 0.15:
-                job.arm(struck[0], "rejoin", "kill")  # the process that takes its place
-            elif struck and nested < 0.4 and others:
+            if struck and 0.15 <= nested < 0.4 and others:
                 job.arm(others[0], point, "kill")
             strike(job, kind, struck, chance)
             if not struck:
                 continue
             if nested < 0.15 and len(struck) == 1:
+                job.arm(struck[0], "rejoin", "kill")  # the process that takes its place
                 job.faults.append(Fault("rejoin: kill", struck, job.fired(struck[0])))
             elif 0.15 <= nested < 0.4 and others:
                 job.faults.append(Fault(f"{point}: kill", (others[0],), job.fired(others[0])))
