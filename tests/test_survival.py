@@ -109,7 +109,7 @@ def test_ranks_are_added_to_a_running_job_and_those_it_began_with_may_go(files: 
     assert job.asks("grow", "--ranks", "2")
     number, members = job.wait_settled(0, 4)
     assert members == [0, 1, 2, 3]
-    moved = wait_for_event(job, "note", "experts have moved")["note"]
+    moved = wait_for_event(job, "experts have moved", event="note")["note"]
     assert not moved.endswith(" 0] now") and " 0," not in moved.partition("before, ")[2], moved
     strike(job, "any moment: kill two at once", (0, 1), random.Random(1))
     assert job.wait_settled(number, 2)[1] == [2, 3]
@@ -140,13 +140,12 @@ def test_a_slow_rank_gets_less_work_while_others_are_lost_and_added_beside_it(fi
     while (share := share_of(job, 2)) > 0.2 and time.monotonic() < ends:  # a third, while nobody has measured
         pass
     assert 0 < share < 0.2
-    found = wait_for_event(job, "slow")
-    assert (found["rank"], found["slow"]) == (2, "compute")
+    wait_for_event(job, event="slow", rank=2, slow="compute")
     strike(job, "any moment: kill", (0,), random.Random(1))
     number, members = job.wait_settled(number, 2)
     assert members == [1, 2] and job.asks("grow", "--like", "2")
     assert job.wait_settled(number, 3)[1] == [1, 2, 3]
-    wait_for_event(job, "note", "experts have moved")
+    wait_for_event(job, "experts have moved", event="note")
     job.end()
 
 
@@ -161,15 +160,15 @@ def share_of(job: Job, rank: int) -> float:
     return rows[rank] / max(1, sum(rows.values()))
 
 
-def wait_for_event(job: Job, kind: str, words: str = "") -> dict:
-    """The latest of this kind; words: what its note says."""
+def wait_for_event(job: Job, note: str = "", **wanted: object) -> dict:
+    """The latest with these fields; note: what its note says."""
     ends = time.monotonic() + 60
     while time.monotonic() < ends:
-        found = [event for event in job.events() if event["event"] == kind and words in event.get("note", "")]
+        found = [event for event in job.events() if wanted.items() <= event.items() and note in event.get("note", "")]
         if found:
             return found[-1]
         time.sleep(0.1)
-    raise AssertionError(f"no {kind} {words}: {job.tail()}")
+    raise AssertionError(f"no {wanted} {note}: {job.tail()}")
 
 
 def test_strangers_at_the_coordinator_are_turned_away_and_counted_and_nothing_else_listens(files: Files) -> None:
