@@ -30,7 +30,7 @@ from moe_runtime.comm.bridge import read_header
 from moe_runtime.comm.greeting import disagreement, read_hello
 from moe_runtime.comm.messages import pack, unpack
 from moe_runtime.control.agent import Agent
-from moe_runtime.control.coordinator import Coordinator
+from moe_runtime.control.coordinator import MOST_AT_ONCE, Coordinator
 from moe_runtime.control.words import problem_with
 from moe_runtime.core.cluster import load_cluster
 from moe_runtime.core.errors import CheckpointError, ConfigError
@@ -228,6 +228,7 @@ def coordinator() -> Target:
         {**host, "kind": "exited", "rank": 1, "pid": 7, "how": "signal 9"},
         {"protocol": 1, "kind": "status"},
         {"protocol": 1, "kind": "drain", "rank": 1},
+        {"protocol": 1, "kind": "grow", "ranks": 2, "like": 0},
         {"protocol": 1, "kind": "stop", "why": "w"},
     ]
     jobs: list[Coordinator] = []
@@ -250,6 +251,7 @@ def coordinator() -> Target:
         json.dumps([job.events, job.reports])
         told = len(pack(job.status(clock[0])))
         assert told < 10_000 + 100_000 * len(job.ranks), told
+        assert len(job._growing) <= MOST_AT_ONCE
         job.events, job.reports = [], []
 
     return Target("coordinator messages", [msgpack.packb(example) for example in examples], run, (), as_msgpack)

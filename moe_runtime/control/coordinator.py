@@ -29,7 +29,7 @@ Out = list[tuple[bytes, Message]]
 HOST_S = 1.0  # for who starts ranks on a host, who speaks ten times a second, to be taken for out of reach
 FENCE_S = 1.0  # for who started a rank to say that it has ended, once asked to kill it
 SUSPECT_S = 0.3  # from a report of a lost rank to believing it: an exit, or its own report, is often just behind
-MOST_AT_ONCE = 64  # ranks that are added by one request
+MOST_AT_ONCE = 64  # ranks that hosts have been asked to add and have not started yet
 STACKS_S = 1.0  # for stacks of all ranks to come in, before one is killed
 MOST_REASONS = 50  # that are counted one by one
 LOADING_S = 30.0  # of silence while ranks load: importing and compiling can hold up an agent
@@ -593,7 +593,7 @@ class Coordinator:
             return {"kind": "refused", "why": f"the job is {self.state}"}
         if like not in self.view.members:
             return {"kind": "refused", "why": f"rank {like} is not in view {self.view.number}"}
-        if not 1 <= count <= MOST_AT_ONCE:
+        if not 1 <= count <= MOST_AT_ONCE - len(self._growing):
             return {"kind": "refused", "why": f"{count} ranks: from 1 to {MOST_AT_ONCE} can be added at once"}
         host, hosts = self.ranks[like].host, {self.ranks[number].host for number in self.view.members}
         unheard = [name for name in hosts if name not in self._hosts or now - self._hosts[name][1] >= HOST_S]
