@@ -103,23 +103,15 @@ def _backend(found: Detection) -> str:
 def place_of_rank(config: RuntimeConfig, cluster: Cluster | None, world: WorldEnvironment) -> tuple[Place, list[str]]:
     """find_place of the rank that this process is, as settings and cluster file have it."""
     if cluster is None:
-        place, notes = find_place(config.device, index=world.local_rank, deadline_s=config.timeout_s)
-        return place, notes + _of_added(world)
+        return find_place(config.device, index=world.local_rank, deadline_s=config.timeout_s)
     node = cluster.rank_nodes()[world.rank if world.like is None else world.like]
     index = cluster.index_in_node(world.rank) if world.like is None else world.local_rank
     try:
-        place, notes = find_place(config.device, node.vendor, node.emulate, index, node.island, config.timeout_s)
-        return place, notes + _of_added(world)
+        return find_place(config.device, node.vendor, node.emulate, index, node.island, config.timeout_s)
     except (ConfigError, VendorUnavailable) as error:
         named = not node.emulate and node.vendor != "auto"
         advice = f'; to have CPU ranks emulate one, set emulate = "{node.vendor}"' if named else ""
         raise type(error)(f"node {node.name}: {error}{advice}") from error
-
-
-def _of_added(world: WorldEnvironment) -> list[str]:
-    if world.like is None:
-        return []
-    return [f"added to the running job on the node of rank {world.like}: where that has too few devices, one is shared"]
 
 
 def may_differ(cluster: Cluster | None) -> bool:

@@ -183,19 +183,7 @@ def _check(options: argparse.Namespace) -> int:
 def _jobs_here(options: argparse.Namespace) -> int:
     from . import status
 
-    return status.status(options) if options.name == "status" else status.stop(options)
-
-
-def _drain(options: argparse.Namespace) -> int:
-    from . import status
-
-    return status.drain(options)
-
-
-def _grow(options: argparse.Namespace) -> int:
-    from . import status  # zmq and msgpack, which other commands do not need
-
-    return status.grow(options)
+    return getattr(status, options.name)(options)
 
 
 def _job_arguments(options: argparse.Namespace) -> list[str]:
@@ -440,7 +428,7 @@ def _parser() -> argparse.ArgumentParser:
 
     what = "Have a rank leave a running job; its experts and its work go to the others."
     drained = commands.add_parser("drain", help=what, description=what, epilog=_EXAMPLES["drain"])
-    drained.set_defaults(command=_drain)
+    drained.set_defaults(command=_jobs_here, name="drain")
     drained.add_argument("job", metavar="JOB", help="as the launcher printed it")
     drained.add_argument("rank", metavar="RANK", type=whole_number(0), help="the rank's number")
     drained.add_argument(
@@ -449,7 +437,7 @@ def _parser() -> argparse.ArgumentParser:
 
     what = "Have a running job start more ranks; experts and work move to them."
     grown = commands.add_parser("grow", help=what, description=what, epilog=_EXAMPLES["grow"])
-    grown.set_defaults(command=_grow)
+    grown.set_defaults(command=_jobs_here, name="grow")
     grown.add_argument("job", metavar="JOB", help="as the launcher printed it")
     grown.add_argument("--ranks", type=whole_number(1), default=1, metavar="N", help="how many (default: 1)")
     beside = "on the host and node of this rank of the job (default: the last one)"

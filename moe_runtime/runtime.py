@@ -90,6 +90,9 @@ class Runtime:
         self.world = world
         about = {"moe_runtime": PROTOCOL, "cluster": self._cluster.digest() if self._cluster else 0}
         self.place, self._notes = place_of_rank(config, self._cluster, world)
+        if world.like is not None:
+            beside = f"added to the running job on the node of rank {world.like}"
+            self._notes.append(f"{beside}: where that has too few devices, one is shared")
         self.device = self.place.device
         self.number = world.rank  # for life; `rank` is the place among the ranks of the present view
         self._survival: Survival | None = None

@@ -23,7 +23,7 @@ from campaign import (
     on_hosts,
     strike,
 )
-from hosts import Hosts, Slurm
+from hosts import Slurm
 from strangers import Relay, dealer, listening
 from test_locks import attack
 
@@ -268,27 +268,8 @@ def test_a_rank_is_added_on_the_host_that_is_named(files: Files) -> None:
 
 
 def test_fewer_than_half_stop_and_say_so(files: Files) -> None:
-    folder = files.folder / "minority"
-    folder.mkdir()
-    with Hosts(folder, 3) as made:
-        nodes = (f'[[node]]\nname = "n{n}"\nhost = "{a}"\nvendor = "cpu"\n' for n, a in enumerate(made.addresses))
-        (folder / "cluster.toml").write_text("\n".join(nodes))
-        files.write_input(folder / "in.jsonl", 200)
-        words = ["--cluster", folder / "cluster.toml", "--engine", "ssh", made.ssh_args, "--on-loss", "reload"]
-        options = files.options(folder / "in.jsonl", folder / "out.jsonl")
-        running = subprocess.Popen(
-            made.on(
-                0, *MOE_LAUNCH, "generate", *words, "--threads-per-rank", "1", "--log-dir", folder / "logs", *options
-            ),
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment({}),
-        )
-        events = folder / "logs" / "events.jsonl"
-        ends = time.monotonic() + 60
-        while time.monotonic() < ends and not (events.exists() and '"settled"' in events.read_text()):
-            time.sleep(0.05)
+    with on_hosts(files, 3, 1, 200) as (made, job):
+        job.wait_settled(0)
         with made.unplugged(0):
-            _, told = running.communicate(timeout=90)
-    assert running.returncode == 1
-    assert "cannot go on with 1 of 3 ranks" in told
+            assert job.process.wait(90) == 1
+        assert "cannot go on with 1 of 3 ranks" in (job.folder / "log.txt").read_text()
