@@ -73,9 +73,7 @@ def stop(options: argparse.Namespace) -> int:
 def drain(options: argparse.Namespace) -> int:
     """Have a rank leave a running job without losing work: its experts move to others, then its sequences."""
     record = records.read(options.job)
-    answer = ask_coordinator(record, {"kind": "drain", "rank": options.rank})
-    if answer["kind"] == "refused":
-        raise ConfigError(f"job {options.job}: {answer['why']}")
+    _order(record, {"kind": "drain", "rank": options.rank})
     ends = time.monotonic() + options.timeout
     while time.monotonic() < ends:
         status = ask_coordinator(record, {"kind": "status"})
@@ -92,9 +90,7 @@ def grow(options: argparse.Namespace) -> int:
     """Have a running job start more ranks, and wait until they have joined."""
     record = records.read(options.job)
     like = {} if options.like is None else {"like": options.like}
-    answer = ask_coordinator(record, {"kind": "grow", "ranks": options.ranks, **like})
-    if answer["kind"] == "refused":
-        raise ConfigError(f"job {options.job}: {answer['why']}")
+    answer = _order(record, {"kind": "grow", "ranks": options.ranks, **like})
     told, ends = ", ".join(map(str, answer["ranks"])), time.monotonic() + options.timeout
     while time.monotonic() < ends:
         status = ask_coordinator(record, {"kind": "status"})
@@ -111,12 +107,25 @@ def grow(options: argparse.Namespace) -> int:
     )
 
 
+def _order(record: dict[str, Any], message: Message) -> Message:
+    """ask_coordinator for what it may refuse: raises ConfigError then, too."""
+    answer = ask_coordinator(record, message)
+    if answer["kind"] == "refused":
+        raise ConfigError(f"job {record['job']}: {answer['why']}")
+    return answer
+
+
+def client_of(record: dict[str, Any]) -> Client:
+    """A way to the coordinator that records.coordinator has written down."""
+    return Client(*record["coordinator"], bytes.fromhex(record["coordinator_secret"]))
+
+
 def ask_coordinator(record: dict[str, Any], message: Message, seconds: float = _ANSWER_S) -> Message:
     """The answer of the coordinator of a job that survives losses. Raises ConfigError where there is none."""
     if "coordinator" not in record:
         raise ConfigError(f"job {record['job']} has no coordinator: it was started without --on-loss")
     address, port = record["coordinator"]
-    client = Client(address, port, bytes.fromhex(record["coordinator_secret"]))
+    client = client_of(record)
     try:
         answer = client.ask(message, seconds)
     finally:

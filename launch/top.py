@@ -44,9 +44,9 @@ def run(options: argparse.Namespace) -> int:
         return _say(f"job {options.job} has no coordinator to ask; moe-launch status says what is known of it")
     if record["code"] is not None:
         return _say(f"job {options.job} is not running: it ended with {record['code']}")
-    from ..control.client import Client  # zmq and msgpack
+    from .status import client_of  # zmq and msgpack
 
-    client = Client(*record["coordinator"], bytes.fromhex(record["coordinator_secret"]))
+    client = client_of(record)
     screen = _Screen(options)
     try:
         with screen:

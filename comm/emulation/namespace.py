@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ...core.free_memory import free_host_bytes
 from ..vendors import Vendor
 
 _native = torch.ops.moe_emulated
@@ -42,11 +43,9 @@ def device_name(vendor: Vendor) -> str:
 def host_memory() -> tuple[int, int]:
     """Available and total bytes of host memory, which is the emulated device's."""
     page = os.sysconf("SC_PAGE_SIZE")
-    available = os.sysconf("SC_AVPHYS_PAGES") * page
-    # Linux says how much of the cache it would give up as well.
-    with contextlib.suppress(OSError), open("/proc/meminfo") as file:
-        lines = dict(line.split(":", 1) for line in file)
-        available = int(lines["MemAvailable"].split()[0]) * 1024
+    available = free_host_bytes()  # with what Linux would give up of its cache
+    if available is None:
+        available = os.sysconf("SC_AVPHYS_PAGES") * page
     return available, os.sysconf("SC_PHYS_PAGES") * page
 
 
